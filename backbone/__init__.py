@@ -1,0 +1,30 @@
+"""The frozen ViT and what is put into it."""
+
+from torch import Tensor, nn
+
+from backbone.vit import Identity, data_config, load_vit
+from utils.config import Config
+
+
+class FrozenViT(nn.Module):
+    """A frozen timm ViT: images `[b, 3, S, S]` in, features `[b, d]` out."""
+
+    def __init__(self, vit: nn.Module, identity: Identity) -> None:
+        super().__init__()
+        self.vit = vit
+        self.identity = identity
+        self.width: int = vit.num_features
+        self.image_size, self.mean_std = data_config(vit)
+
+    def train(self, mode: bool = True) -> "FrozenViT":
+        """Stays in evaluation mode: the backbone is frozen, its dropout and drop-path too."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.vit(images)
+
+
+def create_backbone(config: Config, seed: int | None = None) -> FrozenViT:
+    """The frozen ViT that `config` names; `seed` (default: the config's first) makes random weights reproducible."""
+    return FrozenViT(*load_vit(config.backbone_type, pretrained=config.pretrained, weights=config.backbone_weights,
+                               seed=config.seed[0] if seed is None else seed))

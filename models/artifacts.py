@@ -1,0 +1,113 @@
+"""What a gated run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from backbone import create_backbone
+from backbone.gates import GATES
+from backbone.lora import AdapterBank, inject
+from utils.config import Config
+from utils.errors import UserError
+from utils.files import write_safetensors, write_torch
+
+if TYPE_CHECKING:
+    from models.sdlora import SDLoRA
+
+
+def beta_record(values: Tensor, tasks: Sequence[int], task: int) -> Tensor:
+    """Values `[n, ...]` of the active adapters as float32 `[task + 1, ...]` on the CPU, 0 where an adapter was pruned."""
+    record = torch.zeros(task + 1, *values.shape[1:])
+    record[list(tasks)] = values.detach().float().cpu()
+    return record
+
+
+def save_task(folder: Path, learner: "SDLoRA") -> list[Path]:
+    """Writes gate, adapter and head of the learner's current task; adapters first, so that the gate file's presence means
+    that all it refers to is there."""
+    task, bank, config = learner.task, learner.bank, learner.config
+    written = []
+    if task in bank.tasks:
+        identity = learner.backbone.identity
+        metadata = {"task": str(task), "rank": str(bank.ranks[bank.tasks.index(task)]), "backbone": identity.name,
+                    "backbone_tag": identity.tag, "backbone_sha256": identity.sha256}
+        written.append(folder / f"adapter_task_{task}.safetensors")
+        write_safetensors(written[-1], {name: t.float() for name, t in bank.direction(task).items()}, metadata)
+    written += [save_head(folder, learner.head, task), folder / f"beta_values_task_{task}.pt"]
+    logits = beta_record(learner.gate.logits, bank.tasks, task)
+    logits[[t for t in range(task + 1) if t not in bank.tasks]] = float("-inf")
+    write_torch(written[-1], {
+        "beta_values": learner.decision_beta.clone(),
+        "pruning_mask": learner.pruning_mask(),
+        "beta_after": learner.beta_after(),
+        "alphas": beta_record(bank.magnitudes(), bank.tasks, task),
+        "gate_logits": logits,
+        "gate_scale": learner.gate.scale,
+        "task_id": task,
+        "threshold": config.growth_threshold,
+        "tau": config.gumbel_tau_final,
+        "growth_rule": config.growth_rule,
+        "kept": task in bank.tasks,
+    })
+    return written
+
+
+def save_head(folder: Path, head: nn.Module, task: int) -> Path:
+    """Writes `head_task_<task>.safetensors`: the rows of every class seen so far."""
+    path = folder / f"head_task_{task}.safetensors"
+    weight, bias = head.rows()
+    write_safetensors(path, {"weight": weight.float(), "bias": bias.float()}, {"task": str(task)})
+    return path
+
+
+class SavedNetwork(nn.Module):
+    """The network of one task of a finished run: images `[b, 3, S, S]` in 0..1 (normalised if the run's config says so) to
+    logits `[b, classes seen]` in the order of the stream."""
+
+    def __init__(self, backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.backbone(images), self.weight, self.bias)
+
+
+def load_network(folder: str | Path, task: int) -> SavedNetwork:
+    """Rebuilds the network that was evaluated after `task` from the files in `folder`, by equation 1.
+
+    The frozen backbone is loaded as the run's config names it. Raises UserError if a file is missing or if the backbone's
+    weights are not those of the run.
+    """
+    folder = Path(folder)
+    config = Config.model_validate(json.loads(_existing(folder / "config.json").read_text(encoding="utf-8")))
+    record = torch.load(_existing(folder / f"beta_values_task_{task}.pt"))
+    head = load_file(_existing(folder / f"head_task_{task}.safetensors"))
+    backbone = create_backbone(config)
+    bank = AdapterBank(inject(backbone.vit, config.backbone_type), GATES[config.gate](), "layer")
+    tasks = [t for t in range(task + 1) if record["pruning_mask"][t]]
+    files = [_existing(folder / f"adapter_task_{t}.safetensors") for t in tasks]
+    for t, path in zip(tasks, files, strict=True):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        if metadata["backbone_sha256"] != backbone.identity.sha256:
+            raise UserError(f"{path}: this adapter was trained on other weights of '{metadata['backbone']}' than the backbone "
+                            "that was loaded; set 'backbone_type' or 'backbone_weights' in config.json to those of the run.")
+        bank.store(t, load_file(path), record["alphas"][t])
+    bank.gate.scale = record["gate_scale"]
+    bank.merge(record["beta_after"][tasks])
+    return SavedNetwork(backbone, head["weight"], head["bias"])
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; name the folder of a run and a task that it has finished.")
+    return path

@@ -1,0 +1,99 @@
+"""Controls on the frozen backbone: a linear head, and the nearest class mean."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.artifacts import save_head
+from models.base import BaseLearner, TaskReport
+from models.training import GradientLearner, learning_rate
+from utils.errors import UserError
+
+ADAPTER_KEYS = frozenset({
+    "rank", "rank_schedule", "alpha_scope", "init_alpha", "alpha_lr", "gate_lr", "gate", "gate_compensation", "gate_noise",
+    "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "lambda_sparsity", "growth_rule", "growth_threshold",
+    "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs"})
+TRAINING_KEYS = frozenset({
+    "init_epoch", "epochs", "init_lr", "lrate", "optimizer", "momentum", "weight_decay", "init_weight_decay", "scheduler",
+    "min_lr", "tuned_epoch", "milestones", "lrate_decay", "init_milestones", "init_lr_decay", "eval_every", "grad_accum",
+    "head"})
+
+
+class FinetuneHead(GradientLearner):
+    """The frozen backbone with the linear head alone, trained as SD-LoRA trains its head: what adapters must beat."""
+
+    inactive = ADAPTER_KEYS
+
+    def groups(self) -> list[dict]:
+        return [{"params": [self.head.new_weight, self.head.new_bias], "lr": learning_rate(self.config, self.task)}]
+
+    def end_task(self) -> TaskReport:
+        self.head.commit()
+        return TaskReport()
+
+    def save(self, folder: Path) -> list[Path]:
+        return [save_head(folder, self.head, self.task)]
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self.task, "head": self.head.rows()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.task = state["task"]
+        self.head.weight, self.head.bias = (rows.to(self.device) for rows in state["head"])
+
+
+class SimpleCIL(BaseLearner):
+    """Nearest class mean by cosine similarity on frozen features, nothing trained (SimpleCIL, Zhou et al., 2023)."""
+
+    inactive = ADAPTER_KEYS | TRAINING_KEYS
+    trains = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.prototypes = nn.Module()
+        self.prototypes.register_buffer("weight", torch.zeros(0, self.backbone.width, device=self.device))
+
+    def begin_task(self, task: int) -> None:
+        self.task = task
+
+    @torch.no_grad()
+    def train(self, evaluate: Callable[[], float]) -> None:
+        classes = self.data.task_classes(self.task)
+        sums = torch.zeros(len(classes), self.backbone.width, device=self.device)
+        counts = torch.zeros(len(classes), device=self.device)
+        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size):
+            members = F.one_hot(labels - classes.start, len(classes)).float()  # [b, c]: a product sums in a fixed order
+            sums += members.T @ self.embed(images)
+            counts += members.sum(0)
+        means = F.normalize(sums / counts[:, None], dim=1)
+        self.prototypes.weight = torch.cat([self.prototypes.weight, means])
+
+    def end_task(self) -> TaskReport:
+        if not torch.isfinite(self.prototypes.weight).all():
+            raise UserError(f"A class mean of task {self.task} is not finite; check the images and 'backbone_weights'.")
+        return TaskReport()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        return F.normalize(self.embed(images), dim=1) @ self.prototypes.weight.T
+
+    def save(self, folder: Path) -> list[Path]:
+        return [save_head(folder, self, self.task)]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The class means as a head: weight `[classes, d]` and a bias of zeros."""
+        return self.prototypes.weight, self.prototypes.weight.new_zeros(len(self.prototypes.weight))
+
+    def modules(self) -> list[nn.Module]:
+        return [self.prototypes]
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self.task, "prototypes": self.prototypes.weight}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.task = state["task"]
+        self.prototypes.weight = state["prototypes"].to(self.device)

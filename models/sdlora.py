@@ -1,0 +1,218 @@
+"""Gumbel CL-LoRA, and SD-LoRA as gate "none": one adapter per task, a gate over all of them, growth on merit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone.gates import GATES
+from backbone.lora import AdapterBank, inject
+from models.artifacts import beta_record, save_task
+from models.base import TaskReport
+from models.growth import RULES, Decision, Evidence
+from models.training import GradientLearner, epochs_of, learning_rate
+from utils.config import Config
+from utils.errors import UserError
+from utils.gumbel_utils import TemperatureScheduler, gumbel_noise, sparsity_loss
+from utils.progress import LOGGER
+from utils.report import growth_lines
+from utils.rng import generator
+
+
+class SDLoRA(GradientLearner):
+    """The learner of METHOD.md, sections 2 to 4."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        layers = inject(self.backbone.vit, config.backbone_type)
+        self.gate = GATES[config.gate]()
+        self.bank = AdapterBank(layers, self.gate, config.alpha_scope).to(self.device)
+        largest = max([config.rank, *(rank for _, rank in config.rank_schedule or [])])
+        if largest > self.bank.width:
+            key = "rank" if largest == config.rank else "rank_schedule"
+            raise UserError(f"{key}: {largest} is above the width {self.bank.width} of '{config.backbone_type}'; choose a "
+                            f"rank between 1 and {self.bank.width}.")
+        self.pruned: set[int] = set()
+        self.decision_beta = torch.zeros(0)
+
+    def announce(self) -> None:
+        config = self.config
+        if self.gate.gated:
+            LOGGER.info(f"[Gumbel CL-LoRA] tau_init={config.gumbel_tau_init}, tau_final={config.gumbel_tau_final}, "
+                        f"anneal_rate={config.gumbel_anneal_rate}, lambda_sparsity={config.lambda_sparsity}")
+
+    # ---- begin
+
+    @torch.no_grad()
+    def begin_task(self, task: int) -> None:
+        """The head grows, the new adapter starts at `B = 0`, old magnitudes answer so that no output changes."""
+        super().begin_task(task)
+        config = self.config
+        first = task == 0
+        before = None if first else self.gate(tau=config.gumbel_tau_final)
+        logit = 0.0 if first else self.gate.newcomer_logit(config.gumbel_tau_final)
+        if not self.gate.gated:
+            self.bank.reset_magnitudes(config.init_alpha)
+        self.bank.add(task, rank_of(config, task), config.init_alpha, logit, generator(self.seed, "adapter", task))
+        self.gate.set_temperature(config.gumbel_tau_init)
+        if self.gate.gated and config.gate_compensation and not first:
+            after = self.gate()
+            self.bank.rescale(torch.cat([before, after[-1:]]), after)
+        self.bank.merge()
+
+    # ---- train
+
+    def groups(self) -> list[dict]:
+        config, bank, base = self.config, self.bank, learning_rate(self.config, self.task)
+        factors = [bank.new_A, bank.new_B, self.head.new_weight, self.head.new_bias]
+        groups = [{"params": factors}, {"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0}]
+        if self.gate.gated:
+            groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
+        return groups
+
+    def train(self, evaluate: Callable[[], float]) -> None:
+        config = self.config
+        steps = epochs_of(config, self.task) * self.data.steps_per_epoch(self.task, config.batch_size)
+        self.schedule = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
+        if self.gate.gated and (warning := self.schedule.warning()):
+            LOGGER.warning(warning)
+        super().train(evaluate)
+
+    def before_step(self, step: int) -> Tensor | None:
+        """One temperature, one draw of noise and one merge per optimizer step, shared by all blocks and projections."""
+        if not self.gate.gated:
+            self.bank.train_step()
+            return None
+        self.tau = self.schedule.at(step)
+        self.gate.set_temperature(self.tau)
+        beta = self.bank.train_step(self._noise(step))
+        return self.config.lambda_sparsity * sparsity_loss(beta)
+
+    def _noise(self, step: int) -> Tensor | None:
+        """Keyed by (seed, task, step): the same in every process, and whatever else draws random numbers."""
+        if not self.gate.noisy or self.config.gate_noise == 0:
+            return None
+        stream = generator(self.seed, "gate", self.task, step)
+        return self.config.gate_noise * gumbel_noise((len(self.bank.tasks),), stream)
+
+    def start_evaluation(self) -> None:
+        self.bank.merge()
+
+    def describe(self) -> dict[str, float]:
+        return {"tau": self.tau} if self.gate.gated else {}
+
+    def advice(self) -> str:
+        gate = ", or raise gumbel_tau_final" if self.gate.gated else ""
+        return f"lower init_lr, lrate or alpha_lr{gate}"
+
+    def _loss_parts(self, means: dict[str, float]) -> str:
+        if not self.gate.gated or self.task == 0:
+            return ""
+        return f" (clf={means['clf']:.3f}, sparse={means['sparse']:.3f})"
+
+    def _line_figures(self) -> list[str]:
+        return super()._line_figures() if self.task > 0 else []
+
+    # ---- decide, settle, commit
+
+    @torch.no_grad()
+    def end_task(self) -> TaskReport:
+        config, bank, task = self.config, self.bank, self.task
+        self.gate.set_temperature(config.gumbel_tau_final)
+        beta = self.gate()
+        self.decision_beta = beta_record(beta, bank.tasks, task)
+        decision = RULES[config.growth_rule](config, Evidence(beta, bank, self._held_out_losses))
+        evicted = [t for t in bank.tasks if t not in decision.keep and t != task]
+        kept = task in decision.keep
+        self._settle(decision, beta)
+        if kept:
+            bank.commit()
+        self.head.commit()
+        self.bank.merge()
+        for line in growth_lines(task, self.decision_beta.tolist(), rule=config.growth_rule, kept=kept, evicted=evicted,
+                                 active=len(bank.tasks), total=task + 1, limit=decision.limit, value=decision.value):
+            LOGGER.info(line)
+        return TaskReport(kept=kept, beta=self.decision_beta[-1].item(), beta_values=self.decision_beta.tolist(),
+                          beta_after=self.beta_after().tolist(), pruning_mask=self.pruning_mask().tolist(), evicted=evicted,
+                          active_adapters=len(bank.tasks),
+                          numbers={} if decision.value is None else {config.growth_rule: decision.value})
+
+    def _settle(self, decision: Decision, beta: Tensor) -> None:
+        """Without the dropped adapters: gate weights renormalise, products `beta_i alpha_i` stay, new head rows are refit."""
+        dropped = set(self.bank.tasks) - set(decision.keep)
+        if not dropped:
+            return
+        before = beta[[i for i, t in enumerate(self.bank.tasks) if t in decision.keep]]
+        self.bank.keep_only(decision.keep)
+        self.pruned |= dropped
+        if self.gate.gated:
+            self.bank.rescale(before, self.gate())
+        if decision.refit:
+            with torch.enable_grad():
+                self.refit_head(self.config.refit_epochs)
+
+    def _held_out_losses(self) -> tuple[float, float]:
+        """Cross-entropy on the held-out images with and without the current adapter, the new head rows fitted both times."""
+        bank, head = self.bank, self.head
+        saved, rows = bank.snapshot(), (head.new_weight.detach().clone(), head.new_bias.detach().clone())
+        losses = []
+        for keep in (list(bank.tasks), bank.tasks[:-1]):
+            beta = self.gate()
+            bank.keep_only(keep)
+            if self.gate.gated:
+                bank.rescale(beta[:len(keep)], self.gate())
+            with torch.enable_grad():
+                self.refit_head(self.config.refit_epochs)
+            losses.append(self._held_out_loss())
+            bank.restore(saved)
+            head.new_weight, head.new_bias = (nn.Parameter(row.clone()) for row in rows)
+        return losses[0], losses[1]
+
+    def _held_out_loss(self) -> float:
+        classes = self.data.task_classes(self.task)
+        total, images = 0.0, 0
+        for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size):
+            logits = self.head.current_logits(self.embed(batch))
+            total += F.cross_entropy(logits, labels - classes.start, reduction="sum").item()
+            images += len(labels)
+        return total / images
+
+    # ---- what is stored
+
+    def beta_after(self) -> Tensor:
+        """Gate weights in force, `[t + 1]`, 0 for pruned adapters."""
+        return beta_record(self.gate().detach(), self.bank.tasks, self.task)
+
+    def pruning_mask(self) -> Tensor:
+        """int64 `[T]`: 1 kept or not yet seen, 0 pruned."""
+        return torch.tensor([0 if task in self.pruned else 1 for task in range(self.data.nb_tasks)])
+
+    def save(self, folder: Path) -> list[Path]:
+        return save_task(folder, self)
+
+    def modules(self) -> list[nn.Module]:
+        return [self.bank, self.head]
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self.task, "bank": self.bank.snapshot(), "head": self.head.rows(), "pruned": sorted(self.pruned),
+                "decision_beta": self.decision_beta}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.task, self.pruned, self.decision_beta = state["task"], set(state["pruned"]), state["decision_beta"]
+        self.bank.restore(state["bank"])
+        self.head.weight, self.head.bias = (rows.to(self.device) for rows in state["head"])
+        self.gate.set_temperature(self.config.gumbel_tau_final)
+        self.bank.merge()
+
+
+def rank_of(config: Config, task: int) -> int:
+    """LoRA rank of the adapter of `task`: the last entry of `rank_schedule` that has begun, or `rank`."""
+    return [rank for first, rank in config.rank_schedule if task >= first][-1] if config.rank_schedule else config.rank
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,113 @@
+"""Tiny data sets in the formats of the real ones, for tests.
+
+Every image is a plain color drawn from its class with some noise, so that a network can learn the classes.
+"""
+
+import pickle
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+
+def class_pixels(label: int, number: int, height: int, width: int) -> np.ndarray:
+    """Image `number` of class `label`: uint8 `[height, width, 3]`."""
+    color = np.random.default_rng(label).integers(40, 216, size=3)
+    noise = np.random.default_rng((label, number, 1)).integers(-40, 40, size=(height, width, 3))
+    return (color + noise).astype(np.uint8)
+
+
+def write_cifar100(root: Path, train_per_class: int = 2, test_per_class: int = 1, classes: int = 100) -> Path:
+    """`root/cifar-100-python` as torchvision leaves it, with few images; returns that folder."""
+    folder = root / CIFAR100.base_folder
+    folder.mkdir(parents=True)
+    for (name, _), count in (
+        (CIFAR100.train_list[0], train_per_class),
+        (CIFAR100.test_list[0], test_per_class),
+    ):
+        data, labels = _cifar_rows(classes, count)
+        _pickle(
+            folder / name,
+            {"data": data, "fine_labels": labels, "coarse_labels": [label // 5 for label in labels]},
+        )
+    _pickle(
+        folder / CIFAR100.meta["filename"],
+        {CIFAR100.meta["key"]: [f"kind{label}" for label in range(classes)]},
+    )
+    return folder
+
+
+def write_cifar10(root: Path, train_per_class: int = 5, test_per_class: int = 1) -> Path:
+    """`root/cifar-10-batches-py` as torchvision leaves it, the training images spread over its five files."""
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    data, labels = _cifar_rows(10, train_per_class)
+    for part, (name, _) in enumerate(CIFAR10.train_list):
+        _pickle(folder / name, {"data": data[part::5], "labels": labels[part::5]})
+    data, labels = _cifar_rows(10, test_per_class)
+    _pickle(folder / CIFAR10.test_list[0][0], {"data": data, "labels": labels})
+    _pickle(folder / CIFAR10.meta["filename"], {CIFAR10.meta["key"]: [f"thing{label}" for label in range(10)]})
+    return folder
+
+
+def pack_cifar(folder: Path, source: type[CIFAR10]) -> Path:
+    """Replaces the extracted `folder` by torchvision's archive of it; returns the archive."""
+    archive = folder.parent / source.filename
+    with tarfile.open(archive, "w:gz") as out:
+        out.add(folder, arcname=source.base_folder)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    return archive
+
+
+def _cifar_rows(classes: int, per_class: int) -> tuple[np.ndarray, list[int]]:
+    """Images uint8 `[n, 3072]`, classes alternating, and their labels."""
+    labels = [label for _ in range(per_class) for label in range(classes)]
+    images = [class_pixels(label, row // classes, 32, 32) for row, label in enumerate(labels)]
+    return np.stack(images).transpose(0, 3, 1, 2).reshape(len(labels), -1), labels
+
+
+def _pickle(path: Path, content: dict) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_class_folders(
+    root: Path,
+    classes: Sequence[str] = ("ant", "bee", "cat", "dog"),
+    train_per_class: int = 3,
+    test_per_class: int = 2,
+    size: tuple[int, int] = (40, 56),
+    suffix: str = ".png",
+) -> Path:
+    """`root/train/<class>/` and `root/test/<class>/`, images about `size` (height, width), no two alike; returns `root`."""
+    for split, count, first in (("train", train_per_class, 0), ("test", test_per_class, 1000)):
+        for label, name in enumerate(classes):
+            for number in range(count):
+                path = root / split / name / f"{number}{suffix}"
+                _save(path, class_pixels(label, first + number, size[0] + 3 * label, size[1] + number))
+    return root
+
+
+def write_domainnet(
+    root: Path, domains: Sequence[str] = ("clipart", "sketch"), classes: int = 4, per_class: int = 2
+) -> Path:
+    """Images `root/<domain>/<class>/<n>.png` and the lists `<domain>_train.txt`, `<domain>_test.txt`; returns `root`."""
+    for domain in domains:
+        for split, first in (("train", 0), ("test", 1000)):
+            lines = []
+            for label in range(classes):
+                for number in range(first, first + per_class):
+                    name = f"{domain}/thing_{label}/{number}.png"
+                    _save(root / name, class_pixels(label, number, 36, 40))
+                    lines.append(f"{name} {label}\n")
+            (root / f"{domain}_{split}.txt").write_text("".join(lines))
+    return root
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

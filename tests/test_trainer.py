@@ -1,0 +1,271 @@
+"""trainer.py and main.py: whole runs on the digits, what they leave behind, and how bad input ends."""
+
+import hashlib
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trainer
+from main import main
+from models import load_network
+from tests.learners import SMALL, learner_of, small_config
+from utils.metrics import TaskCounts, summary
+from utils.progress import LOGGER
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_config(folder: Path, **changes) -> Path:
+    path = folder / "config_file.json"
+    path.write_text(json.dumps({**SMALL, "filepath": str(folder / "run"), **changes}))
+    return path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one sentence on stderr of a command line that must end with status 2."""
+    assert main(list(arguments)) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished gated run of three tasks in which the last adapter is pruned or kept as the gate decides."""
+    folder = tmp_path_factory.mktemp("gated")
+    path = write_config(folder, growth_threshold=0.2)
+    assert main([f"--config={path}"]) == 0
+    return folder / "run"
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_artifacts_are_those_of_the_contract(run: Path) -> None:
+    kept = []
+    for task in range(3):
+        data = torch.load(run / f"beta_values_task_{task}.pt")
+        assert data["beta_values"].dtype == torch.float32 and data["beta_values"].shape == (task + 1,)
+        assert data["beta_values"].sum().item() == pytest.approx(1) and data["beta_after"].sum().item() == pytest.approx(1)
+        assert data["pruning_mask"].dtype == torch.int64 and data["pruning_mask"].shape == (3,)
+        assert data["alphas"].shape == (task + 1, 6, 2) and data["alphas"].dtype == torch.float32
+        assert data["gate_logits"].shape == (task + 1,) and data["gate_scale"] == 1.0
+        assert data["kept"] == bool(data["pruning_mask"][task]) == bool(data["beta_values"][task] > 0.2 or task == 0)
+        assert (data["task_id"], data["threshold"], data["tau"], data["growth_rule"]) == (task, 0.2, 0.5, "threshold")
+        for old in range(task + 1):
+            gone = data["pruning_mask"][old] == 0
+            assert gone == torch.isinf(data["gate_logits"][old]) == (data["alphas"][old].abs().sum() == 0)
+        kept.append(data["kept"])
+        adapter = run / f"adapter_task_{task}.safetensors"
+        assert adapter.exists() is data["kept"]
+        if data["kept"]:
+            tensors = load_file(adapter)
+            assert len(tensors) == 6 * 4 and tensors["blocks.5.v.A"].shape == (4, 128)
+            direction = tensors["blocks.2.q.B"] @ tensors["blocks.2.q.A"]
+            assert torch.linalg.matrix_norm(direction).item() == pytest.approx(1, abs=1e-5)
+        head = load_file(run / f"head_task_{task}.safetensors")
+        assert head["weight"].shape == (2 * task + 2, 128) and head["bias"].shape == (2 * task + 2,)
+    assert kept[0]
+    assert not list(run.glob(".*"))
+
+
+def test_analysis_snippets_run_as_they_are(run: Path) -> None:
+    data = torch.load(f"{run}/beta_values_task_1.pt")
+    assert data["beta_values"].numpy().shape == (2,) and len(data["pruning_mask"][:2]) == 2
+    for t in range(3):
+        data = torch.load(f"{run}/beta_values_task_{t}.pt")
+        mask = data["pruning_mask"][: t + 1]
+        active = mask.sum().item()
+        row = f"{t:4d} | {active:15d} | {t + 1 - active:6d} | {100 * active / (t + 1):5.1f}%"
+        assert str(active) in row
+
+
+def test_i3_a_fresh_process_rebuilds_the_evaluated_network(run: Path, tmp_path: Path) -> None:
+    config = trainer.run_folder.of_seed(small_config(run), 1993)
+    learner = learner_of(config)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    learner.load_state(state["learner"])
+    images = next(iter(learner.data.eval_batches("test", range(6), 32)))[0]
+    learner.start_evaluation()
+    torch.save((images, learner.predict(images)), tmp_path / "expected.pt")
+    script = ("import sys, torch; from models import load_network; torch.set_num_threads(int(sys.argv[3]));"
+              "x, y = torch.load(sys.argv[1]); z = load_network(sys.argv[2], 2)(x); assert torch.equal(y, z)")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "expected.pt"), str(run), str(torch.get_num_threads())],
+                   check=True, cwd=ROOT)
+
+
+def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> None:
+    learner, record = learner_of(small_config(run)), result_of(run)
+    for task in range(3):
+        network = load_network(run, task)
+        counts = TaskCounts.zeros(task + 1)
+        for images, labels in learner.data.eval_batches("test", range(2 * task + 2), 32):
+            counts += trainer.count_predictions(network(images), labels, learner.data.task_of_class, task + 1)
+        assert counts == TaskCounts(**record["tasks"][task]["counts"])
+
+
+def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
+    record = result_of(run)
+    assert record["finished"] and record["config"]["rank"] == 4 and record["config"]["seed"] == [1993]
+    assert record["class_order"][:6] == np.random.RandomState(1993).permutation(10).tolist()[:6]
+    assert record["class_order_sha256"] == hashlib.sha256(json.dumps(record["class_order"]).encode()).hexdigest()
+    assert re.fullmatch("[0-9a-f]{64}", record["backbone"]["sha256"]) and record["versions"]["torch"] == torch.__version__
+    assert record["split_sha256"] == json.loads((run / "split.json").read_text())["sha256"]
+    assert record["metrics"] == summary([TaskCounts(**task["counts"]) for task in record["tasks"]])
+    first = record["tasks"][0]
+    assert first["trainable_parameters"] == 6 * 2 * (2 * 4 * 128) + 6 * 2 + 1 + 2 * 129
+    assert all(task["seconds"] > 0 and task["peak_memory_bytes"] > 0 for task in record["tasks"])
+
+
+def test_log_lines_are_those_of_the_contract(run: Path) -> None:
+    text = (run / "train.log").read_text()
+    number = r"\d+\.\d"
+    for pattern in (
+        r"\[Gumbel CL-LoRA\] tau_init=5.0, tau_final=0.5, anneal_rate=auto, lambda_sparsity=0.01\n",
+        rf"Task 0, Epoch 1/1 => Loss {number}{{3}}, Train_accy {number}\d, Test_accy {number}\d\n",
+        rf"Task 1, Epoch 1/1 => Loss {number}{{3}} \(clf={number}{{3}}, sparse={number}{{3}}\), tau={number}{{3}}, "
+        rf"Train_accy {number}\d, Test_accy {number}\d\n",
+        rf"\[Conditional Growth\] Task 2 - Beta values: \[{number}\d {number}\d {number}\d\]\n",
+        rf"\[Conditional Growth\] Current task beta: {number}{{4}}, threshold: 0\.2000\n",
+        r"\[Conditional Growth\] ✓ Keeping adapter for task 0 \(beta=1\.0000 > 0\.2000\)\n",
+        r"\[Conditional Growth\] Active adapters: 1/1 \(100\.0%\)\n",
+        rf"CNN top1 curve: \[{number}\d?, {number}\d?, {number}\d?\]\n",
+        rf"Average Accuracy \(CNN\): {number}\d\n",
+        rf"Forgetting \(CNN\): -?{number}\d\n",
+    ):
+        assert re.search(pattern, text), pattern
+    assert text.count("[Gumbel CL-LoRA]") == 1
+
+
+def test_a_finished_run_is_reported_not_repeated(run: Path, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert main(["--config", str(run.parent / "config_file.json")]) == 0
+    assert "finished run" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
+
+
+def test_a_folder_of_another_config_is_refused(run: Path, capsys) -> None:
+    path = run.parent / "config_file.json"
+    message = refused(capsys, "--config", str(path), "--set", "rank=5")
+    assert "rank (there 4, now 5)" in message and "--overwrite" in message
+    assert main(["--config", str(path), "--device", "cpu", "--set", "prefix=other", "--set", "num_workers=1"]) == 0
+
+
+def test_an_interrupted_run_ends_with_the_same_tensors(run: Path, tmp_path: Path, monkeypatch) -> None:
+    path = write_config(tmp_path, growth_threshold=0.2)
+    original = trainer.Run._save
+
+    def save_and_stop(self, finished: bool) -> None:
+        original(self, finished)
+        if len(self.records) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Run, "_save", save_and_stop)
+    assert main(["--config", str(path)]) == 130
+    monkeypatch.setattr(trainer.Run, "_save", original)
+    assert main(["--config", str(path)]) == 0
+    for file in sorted(run.glob("*.pt")) + sorted(run.glob("*.safetensors")):
+        if file.name != "checkpoint.pt":
+            assert file.read_bytes() == (tmp_path / "run" / file.name).read_bytes(), file.name
+    assert [t["counts"] for t in result_of(run)["tasks"]] == [t["counts"] for t in result_of(tmp_path / "run")["tasks"]]
+
+
+def test_overwrite_moves_the_old_run_aside(tmp_path: Path, capsys) -> None:
+    path = write_config(tmp_path, nb_tasks=1)
+    assert main(["--config", str(path)]) == 0
+    assert main(["--config", str(path), "--overwrite", "--set", "rank=2"]) == 0
+    assert "run.old-1" in capsys.readouterr().out
+    assert result_of(tmp_path / "run")["config"]["rank"] == 2 and result_of(tmp_path / "run.old-1")["config"]["rank"] == 4
+
+
+def test_each_seed_has_a_folder_and_a_log_of_its_own(tmp_path: Path, capsys) -> None:
+    """METHOD.md, section 8, mistakes 8 and 11: one log for all seeds; the command line's seed lost."""
+    path = write_config(tmp_path, nb_tasks=2, seed=[7])
+    assert main(["--config", str(path), "--seed", "1", "2"]) == 0
+    out = capsys.readouterr().out
+    logs = [(tmp_path / "run" / f"seed_{seed}" / "train.log").read_text() for seed in (1, 2)]
+    assert all(log.count("Task 1, Epoch 1/1") == 1 and f"seed {seed}" in log for seed, log in zip((1, 2), logs))
+    assert "mean ± std" in out and not any(isinstance(h, logging.FileHandler) for h in LOGGER.handlers)
+    orders = [result_of(tmp_path / "run" / f"seed_{seed}")["class_order"] for seed in (1, 2)]
+    assert orders == [np.random.RandomState(seed).permutation(10).tolist()[:4] for seed in (1, 2)]
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys) -> None:
+    path = write_config(tmp_path)
+    assert main(["--config", str(path), "--dry-run"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["config"]["init_alpha"] == 1.0 and printed["split"]["task_sizes"] == [2, 2, 2]
+    assert printed["trainable_parameters_task_0"] == 12559
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["finetune_head", "simplecil"])
+def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, capsys) -> None:
+    plain = {key: value for key, value in SMALL.items() if key not in ("rank", "gate_lr")}
+    if name == "simplecil":
+        plain = {key: value for key, value in plain.items() if key not in ("init_epoch", "epochs", "init_lr", "lrate")}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**plain, "model_name": name, "filepath": str(tmp_path / "run")}))
+    assert main(["--config", str(path)]) == 0
+    assert result_of(tmp_path / "run")["tasks"][-1]["active_adapters"] == 0
+    message = refused(capsys, "--config", str(path), "--set", "rank=3")
+    assert "'rank'" in message and name in message
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_name": "sdlroa"}, ["model_name", "sdlora"]),
+    ({"dataset": "digit"}, ["dataset", "digits"]),
+    ({"backbone_type": "vit_base_patch16_242"}, ["backbone_type", "vit_base_patch16_224"]),
+    ({"backbone_type": "resnet10t", "pretrained": False}, ["resnet10t", "qkv"]),
+    ({"rank": 129}, ["rank", "128"]),
+    ({"init_cls": 11}, ["init_cls", "10"]),
+    ({"init_cls": 1, "increment": 1}, ["init_cls"]),
+    ({"dataset": "folder", "data_path": "/nowhere"}, ["/nowhere", "train"]),
+    ({"backbone_weights": "/nowhere.safetensors"}, ["backbone_weights", "/nowhere.safetensors"]),
+    ({"filepath": "/proc/no/such"}, ["filepath", "/proc/no/such"]),
+])
+def test_bad_input_is_one_sentence(changes: dict, words: list[str], tmp_path: Path, capsys) -> None:
+    message = refused(capsys, "--config", str(write_config(tmp_path, **changes)))
+    assert all(word in message for word in words), message
+
+
+def test_cuda_device_without_cuda_runs_on_the_cpu_with_one_warning(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = write_config(tmp_path, nb_tasks=1)
+    assert main(["--config", str(path), "--device", "0"]) == 0
+    assert capsys.readouterr().out.count("running on the CPU") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path, capsys, monkeypatch) -> None:
+    path = write_config(tmp_path)
+    from models.sdlora import SDLoRA
+    original = SDLoRA.before_step
+
+    def poison(self, step: int):
+        extra = original(self, step)
+        return extra * float("nan") if (self.task, step) == (1, 3) else extra
+
+    monkeypatch.setattr(SDLoRA, "before_step", poison)
+    message = refused(capsys, "--config", str(path))
+    assert all(word in message for word in ("task 1", "epoch 1", "step 3", "tau", "init_lr"))
+    assert torch.load(tmp_path / "run" / "beta_values_task_0.pt")["kept"]
+    monkeypatch.setattr(SDLoRA, "before_step", original)
+    assert main(["--config", str(path)]) == 0
+
+
+def test_unfitting_weights_are_named(tmp_path: Path, capsys) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "w.pth")
+    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "w.pth"))))
+    assert "w.pth" in message and "does not fit" in message
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
+    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "broken.safetensors"))))
+    assert "broken.safetensors" in message

@@ -1,0 +1,267 @@
+"""The stream of tasks: order of the classes, splits, and batches of each task.
+
+Classes are renumbered in the order in which they arrive: "stream labels" 0, 1, 2, ... Everything here that is
+random is keyed by the seed and by what it is for (utils/rng.py), so that neither the number of evaluations
+nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 and I10).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.data import Dataset, Split
+from utils.data_source import (
+    EvaluationFileSource,
+    FileSource,
+    Source,
+    TensorSource,
+    View,
+    decoded_bytes,
+    free_memory,
+)
+from utils.errors import UserError, unknown
+from utils.rng import generator
+
+PLACEMENTS = ("auto", "memory", "lazy")
+_SHARE = 4  # `auto` keeps image files decoded in memory if they take at most this fraction of what is free
+SplitName = Literal["train", "val", "test"]
+
+
+class DataManager:
+    """Cuts a data set into tasks and gives their batches.
+
+    image_size: S, pixels of the square input. `val_fraction` of the training images of every class is held
+    out as `val`. `mean_std`: channel means and standard deviations to normalise with; None leaves images in
+    0..1. `placement`: "memory" keeps everything decoded, "lazy" reads files when they are needed and leaves
+    tensors off the device, "auto" decides by what is free. `num_workers` processes read files.
+
+    class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
+    order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        init_cls: int,
+        increment: int,
+        seed: int,
+        image_size: int,
+        device: str | torch.device = "cpu",
+        shuffle: bool = True,
+        nb_tasks: int | None = None,
+        val_fraction: float = 0.0,
+        mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        placement: str = "auto",
+        num_workers: int = 0,
+    ) -> None:
+        if placement not in PLACEMENTS:
+            raise unknown("data_placement", placement, PLACEMENTS)
+        self.dataset, self.seed, self.image_size, self.shuffle = dataset, seed, image_size, shuffle
+        self.device, self.placement, self.num_workers = torch.device(device), placement, num_workers
+        self.task_sizes = task_sizes(len(dataset.classes), init_cls, increment, nb_tasks)
+        self.nb_tasks = len(self.task_sizes)
+        self._bounds = np.concatenate([[0], np.cumsum(self.task_sizes)]).tolist()
+        self.class_order = class_order(len(dataset.classes), seed, shuffle)[: self._bounds[-1]]
+        self.class_names = [dataset.classes[label] for label in self.class_order]
+        self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
+        train, val = self._hold_out(_images_by_class(dataset.train.labels, self.class_order), val_fraction)
+        test = _images_by_class(dataset.test.labels, self.class_order)
+        self._members = {"train": train, "val": val, "test": test}
+        self._mean_std = None
+        if mean_std is not None:
+            self._mean_std = [torch.tensor(part, device=self.device).view(1, -1, 1, 1) for part in mean_std]
+
+    def _hold_out(self, members: list[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Splits each class's training images into what is trained on and what is held out, both sorted."""
+        train, val = [], []
+        for images, label, name in zip(members, self.class_order, self.class_names, strict=True):
+            if fraction == 0.0:
+                train.append(images)
+                val.append(images[:0])
+                continue
+            if len(images) < 2:
+                raise UserError(
+                    f"val_fraction: class '{name}' has {len(images)} training image, so none can be held out; "
+                    f"add images or choose a growth_rule other than val_loss."
+                )
+            count = min(max(1, round(fraction * len(images))), len(images) - 1)
+            drawn = torch.randperm(len(images), generator=generator(self.seed, "val", label)).numpy()
+            val.append(np.sort(images[drawn[:count]]))
+            train.append(np.sort(images[drawn[count:]]))
+        return train, val
+
+    def task_classes(self, task: int) -> range:
+        """Stream labels of the classes that arrive with `task`."""
+        return range(self._bounds[task], self._bounds[task + 1])
+
+    def seen_classes(self, task: int) -> int:
+        """How many classes tasks 0 to `task` have together."""
+        return self._bounds[task + 1]
+
+    def train_size(self, task: int) -> int:
+        """Training images of `task`, without the held-out ones."""
+        return sum(len(self._members["train"][label]) for label in self.task_classes(task))
+
+    def steps_per_epoch(self, task: int, batch_size: int) -> int:
+        """Batches of an epoch; the last may be smaller."""
+        return -(-self.train_size(task) // batch_size)
+
+    def train_batches(self, task: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of `task`: images float32 `[b, 3, S, S]` and stream labels int64 `[b]`, both on the device.
+
+        Order and augmentation depend on (seed, task, epoch, image) alone.
+        """
+        index, labels = self._gather("train", self.task_classes(task))
+        by_image = np.argsort(index)
+        drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
+        order = by_image[drawn]
+        images = self._sources["train"].train(index[order], View(self.seed, task, epoch), batch_size)
+        yield from self._with_labels(images, labels[order], batch_size)
+
+    def eval_batches(self, split: SplitName, classes: range, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of `classes` (stream labels) in `split` under the test transform, class by class."""
+        index, labels = self._gather(split, classes)
+        source = self._sources["test" if split == "test" else "train"]
+        yield from self._with_labels(source.evaluate(index, batch_size), labels, batch_size)
+
+    def _gather(self, split: SplitName, classes: range) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into the data set's split, class by class, and their stream labels."""
+        parts = [self._members[split][label] for label in classes]
+        labels = np.repeat(np.asarray(classes, dtype=np.int64), [len(part) for part in parts])
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts]), labels
+
+    def _with_labels(
+        self, images: Iterator[Tensor], labels: np.ndarray, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if len(labels) == 0:
+            return
+        on_device = torch.from_numpy(labels).to(self.device).split(batch_size)
+        for batch, target in zip(images, on_device, strict=True):
+            if self._mean_std is not None:
+                mean, std = self._mean_std
+                batch = batch.sub_(mean).div_(std)
+            yield batch, target
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        """Where the images come from; built on first use, since it may read the whole data set into memory."""
+        trained = np.sort(np.concatenate(self._members["train"] + self._members["val"]))
+        tested = np.sort(np.concatenate(self._members["test"]))
+        in_memory = self.placement == "memory" or (self.placement == "auto" and self._files_fit(trained, tested))
+        return {
+            "train": self._source(self.dataset.train, trained, FileSource, in_memory),
+            "test": self._source(self.dataset.test, tested, EvaluationFileSource, in_memory),
+        }
+
+    def _source(self, split: Split, members: np.ndarray, files: type[FileSource], in_memory: bool) -> Source:
+        augmentation = self.dataset.augmentation
+        if isinstance(split.images, Tensor):
+            home = torch.device("cpu") if self.placement == "lazy" else self.device
+            return TensorSource(split.images, augmentation, self.image_size, self.device, home)
+        return files(split.images, members, augmentation, self.image_size, self.device, self.num_workers, in_memory)
+
+    def _files_fit(self, trained: np.ndarray, tested: np.ndarray) -> bool:
+        if isinstance(self.dataset.train.images, Tensor):
+            return True
+        needed = decoded_bytes(self.dataset.train.images, trained) + len(tested) * 3 * self.image_size**2
+        return needed * _SHARE <= free_memory()
+
+    def split_record(self) -> dict[str, Any]:
+        """What the run's split was, for its folder: classes and images of every task, with SHA-256 sums.
+
+        `images` sums the images themselves: the bytes of tensors, the relative paths and sizes of files.
+        `sha256` sums the whole record, the images of every task included.
+        """
+        tasks = []
+        for task in range(self.nb_tasks):
+            classes = self.task_classes(task)
+            entry: dict[str, Any] = {"task": task, "classes": [self.class_order[label] for label in classes]}
+            for split in ("train", "val", "test"):
+                index, _ = self._gather(split, classes)
+                entry[split] = {
+                    "images": len(index),
+                    "sha256": hashlib.sha256(index.astype("<i8")).hexdigest(),
+                }
+            tasks.append(entry)
+        record = {
+            "dataset": self.dataset.name,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "class_order": self.class_order,
+            "class_names": self.class_names,
+            "images": {"train": _split_sum(self.dataset.train), "test": _split_sum(self.dataset.test)},
+            "tasks": tasks,
+        }
+        return {**record, "sha256": hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
+
+
+def class_order(classes: int, seed: int, shuffle: bool) -> list[int]:
+    """Natural labels in the order of the stream, as PILOT draws it: `RandomState(seed).permutation(classes)`."""
+    if not shuffle:
+        return list(range(classes))
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed: {seed} cannot draw a class order; choose one from 0 to {2**32 - 1}.")
+    return np.random.RandomState(seed).permutation(classes).tolist()
+
+
+def task_sizes(classes: int, init_cls: int, increment: int, nb_tasks: int | None) -> list[int]:
+    """Classes per task: `init_cls`, then `increment` each; the last takes what is left.
+
+    Raises UserError if the classes do not suffice, if there are fewer than `nb_tasks` tasks, or if a task has
+    a single class (the loss over its own classes would be zero, METHOD.md section 1).
+    """
+    if init_cls > classes:
+        raise UserError(
+            f"init_cls: {init_cls} is more than the {classes} classes of the data set; choose at most {classes}."
+        )
+    sizes = [init_cls]
+    while sum(sizes) < classes:
+        sizes.append(min(increment, classes - sum(sizes)))
+    if nb_tasks is not None and nb_tasks > len(sizes):
+        raise UserError(
+            f"nb_tasks: {classes} classes with init_cls {init_cls} and increment {increment} make {len(sizes)} tasks, "
+            f"not {nb_tasks}; choose at most {len(sizes)}."
+        )
+    sizes = sizes[:nb_tasks]
+    if 1 in sizes:
+        key = "init_cls" if sizes[0] == 1 else "increment"
+        raise UserError(
+            f"{key}: {classes} classes with init_cls {init_cls} and increment {increment} leave task {sizes.index(1)} "
+            f"a single class, which has nothing to be told from; choose sizes that give every task two or more."
+        )
+    return sizes
+
+
+def _images_by_class(labels: np.ndarray, order: list[int]) -> list[np.ndarray]:
+    """For each class of `order`, the ascending int64 indices of its images."""
+    by_label = np.argsort(labels, kind="stable").astype(np.int64)
+    bounds = np.searchsorted(labels[by_label], np.arange(max(order) + 2))
+    return [by_label[bounds[label] : bounds[label + 1]] for label in order]
+
+
+def _split_sum(split: Split) -> str:
+    """SHA-256 of a split's labels and images."""
+    total = hashlib.sha256(split.labels.astype("<i8"))
+    if isinstance(split.images, Tensor):
+        total.update(split.images.contiguous().cpu().numpy())
+        return total.hexdigest()
+    root = os.path.commonpath([path.parent for path in split.images])
+    for path in split.images:
+        total.update(f"{path.relative_to(root).as_posix()}\0{_file_size(path)}\0".encode())
+    return total.hexdigest()
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"data_path: the image '{path}' is not there; get the data set again.") from error

@@ -1,0 +1,203 @@
+"""What is measured in class-incremental learning, from counts of right and wrong predictions by integer task.
+
+Shapes: `n` images, `seen` classes of tasks 0..t in stream order, `T` tasks learned in all.
+`R[t][k]` is the accuracy in percent on the test images of task `k` after task `t` was learned, all seen
+classes competing. Everything here is a pure function of counts, so sums over batches and processes give the
+same numbers as one pass over all images.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Matrix = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class TaskCounts:
+    """Counts of test images after one task, entry `k` for the images whose class belongs to task `k`.
+
+    `images`: test images. `top1`, `top5`: the true class is first, among the first five, of all seen classes.
+    `within`: the true class is first when only the classes of its own task compete (the task is told).
+    `wrong_task`: errors of `top1` whose predicted class belongs to another task; the others are within it.
+    """
+
+    images: list[int]
+    top1: list[int]
+    top5: list[int]
+    within: list[int]
+    wrong_task: list[int]
+
+    def __post_init__(self) -> None:
+        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"the lists of TaskCounts differ in length: {lengths}")
+
+    @classmethod
+    def zeros(cls, tasks: int) -> "TaskCounts":
+        """Nothing counted yet, for `tasks` tasks: the start of a sum over batches."""
+        return cls(*([0] * tasks for _ in fields(cls)))
+
+    def __add__(self, other: "TaskCounts") -> "TaskCounts":
+        """Entry-wise sum; both must cover the same number of tasks."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return TaskCounts(*([a + b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs))
+
+
+def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np.ndarray,
+                      tasks: int) -> TaskCounts:
+    """Counts one batch.
+
+    `logits`: `[n, seen]`; `labels`: int64 `[n]` in `0..seen-1`; `task_of_class`: int64 `[>= seen]`, the task
+    of each class of the stream; `tasks`: how many tasks the seen classes belong to. Among equal logits the
+    lower class number comes first. A logit that is not a number beats the true class and is never right
+    itself, so that a network that has diverged cannot score. With fewer than five seen classes, `top5` takes
+    all of them.
+    """
+    seen = logits.shape[1]
+    task_of = torch.as_tensor(task_of_class, device=logits.device)[:seen]
+    true_logit = logits.gather(1, labels[:, None])
+    # Written with negations because every comparison with NaN is false.
+    tie_won = (logits == true_logit) & (torch.arange(seen, device=logits.device) >= labels[:, None])
+    ahead = ~(logits < true_logit) & ~tie_won  # [n, seen]: classes ranked before the true one
+    true_task = task_of[labels]
+    rank = ahead.sum(1)
+    top1 = rank == 0
+    per_image = torch.stack([
+        torch.ones_like(top1),
+        top1,
+        rank < min(5, seen),
+        ~(ahead & (task_of == true_task[:, None])).any(1),
+        task_of[logits.argmax(1)] != true_task,
+    ]).cpu()
+    true_task = true_task.cpu()
+    return TaskCounts(*(torch.bincount(true_task[hit], minlength=tasks).tolist() for hit in per_image))
+
+
+def accuracy_matrix(counts: Sequence[TaskCounts], field: str = "top1") -> Matrix:
+    """`R`, `[T][T]` in percent: row `t` after task `t`, column `k` for task `k`; None where `k > t`.
+
+    `field` is a name of `TaskCounts`: `"within"` gives the matrix with the task told. A task without test
+    images has None in its whole column and is left out of every mean.
+    """
+    for task, entry in enumerate(counts):
+        if len(entry.images) != task + 1:
+            raise ValueError(f"the counts after task {task} cover {len(entry.images)} tasks, not {task + 1}")
+    return [[_percent(part, whole) for part, whole in zip(getattr(entry, field), entry.images, strict=True)]
+            + [None] * (len(counts) - task - 1) for task, entry in enumerate(counts)]
+
+
+def curve(counts: Sequence[TaskCounts], field: str) -> list[float | None]:
+    """For each task learned so far, the percentage of all its test images seen that `field` counts.
+
+    Every image weighs the same, so a task with more images weighs more (PILOT and SD-LoRA report the same).
+    """
+    return [_percent(sum(getattr(entry, field)), sum(entry.images)) for entry in counts]
+
+
+def top1_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
+    """Accuracy in percent over all seen classes after each task (iCaRL, Rebuffi et al., 2017)."""
+    return curve(counts, "top1")
+
+
+def top5_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
+    """As `top1_curve`, right when the true class is among the five largest logits (or all, if fewer)."""
+    return curve(counts, "top5")
+
+
+def within_task_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
+    """As `top1_curve`, with the task told: only its own classes compete (van de Ven et al., 2022)."""
+    return curve(counts, "within")
+
+
+def wrong_task_error_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
+    """Percent of all seen test images that are taken for a class of another task."""
+    return curve(counts, "wrong_task")
+
+
+def within_task_error_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
+    """Percent of all seen test images that are taken for another class of their own task.
+
+    With `top1_curve` and `wrong_task_error_curve` it adds up to 100. It is not 100 minus `within_task_curve`:
+    an image taken for another task's class may or may not be right once the task is told.
+    """
+    return [_percent(sum(entry.images) - sum(entry.top1) - sum(entry.wrong_task), sum(entry.images))
+            for entry in counts]
+
+
+def last_accuracy(counts: Sequence[TaskCounts]) -> float | None:
+    """Accuracy in percent over all classes after the last task: the end of `top1_curve`."""
+    return top1_curve(counts)[-1]
+
+
+def average_accuracy(counts: Sequence[TaskCounts]) -> float | None:
+    """Mean of `top1_curve` over the tasks (average incremental accuracy, Rebuffi et al., 2017)."""
+    return _mean(top1_curve(counts))
+
+
+def accuracy_when_learned(matrix: Matrix) -> list[float | None]:
+    """`R[k][k]`: accuracy in percent on each task right after it was learned, all classes seen competing."""
+    return [row[task] for task, row in enumerate(matrix)]
+
+
+def forgetting(matrix: Matrix) -> float | None:
+    """Mean over `k < T-1` of `max over t in k..T-2 of R[t][k]`, minus `R[T-1][k]` (Chaudhry et al., 2018).
+
+    In points of accuracy; negative when old tasks end better than they ever were. 0.0 with a single task.
+    """
+    if len(matrix) < 2:
+        return 0.0
+    return _mean([None if last is None else max(row[task] for row in matrix[task:-1]) - last
+                  for task, last in enumerate(matrix[-1][:-1])])
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """Mean over `k < T-1` of `R[T-1][k] - R[k][k]` (Lopez-Paz & Ranzato, 2017), in points.
+
+    Negative when learning later tasks cost accuracy on earlier ones. 0.0 with a single task.
+    """
+    if len(matrix) < 2:
+        return 0.0
+    return _mean([None if last is None else last - matrix[task][task]
+                  for task, last in enumerate(matrix[-1][:-1])])
+
+
+def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
+    """Every metric as plain Python values, ready for JSON: percent, points for forgetting and transfer.
+
+    `counts[t]` are the counts after task `t`; there must be at least one.
+    """
+    matrix = accuracy_matrix(counts)
+    return {
+        "accuracy_matrix": matrix,
+        "top1_curve": top1_curve(counts),
+        "top5_curve": top5_curve(counts),
+        "last_accuracy": last_accuracy(counts),
+        "average_accuracy": average_accuracy(counts),
+        "forgetting": forgetting(matrix),
+        "backward_transfer": backward_transfer(matrix),
+        "accuracy_when_learned": accuracy_when_learned(matrix),
+        "within_task_curve": within_task_curve(counts),
+        "within_task_error_curve": within_task_error_curve(counts),
+        "wrong_task_error_curve": wrong_task_error_curve(counts),
+    }
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (divisor `n - 1`), the latter None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _percent(part: int, whole: int) -> float | None:
+    return 100.0 * part / whole if whole else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None

@@ -1,0 +1,119 @@
+"""The machine: device, threads, versions, memory, and where a run's log lines go."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.errors import UserError
+from utils.progress import LOGGER, ConsoleHandler
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors")
+
+
+def pick_device(names: list[str]) -> tuple[torch.device, list[str]]:
+    """The device for the config's `device` names, and warnings.
+
+    "auto" takes the first CUDA device if there is one. A CUDA device on a machine without CUDA becomes the CPU, with one
+    warning; a number beyond the machine's is refused.
+    """
+    if names == ["auto"]:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), []
+    if names == ["cpu"]:
+        return torch.device("cpu"), []
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), [f"device: {_quoted(names)} asked for, but this machine has no usable CUDA device; "
+                                     "running on the CPU."]
+    numbers = [int(name.removeprefix("cuda:")) for name in names]
+    count = torch.cuda.device_count()
+    if max(numbers) >= count:
+        raise UserError(f"device: '{max(numbers)}' is not there; this machine has CUDA devices 0 to {count - 1}.")
+    warnings = [f"device: {_quoted(names)} asked for; one process uses one device, so training runs on '{numbers[0]}'."]
+    return torch.device("cuda", numbers[0]), warnings if len(numbers) > 1 else []
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **installed, "torch": torch.__version__}  # with the build, as in +cu130
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the run was computed on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "platform": platform.platform()}
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of this checkout and whether it had uncommitted changes; None where it is not a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak on CUDA; on the CPU the operating system only keeps the peak of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: allocated on the CUDA device since the reset, or resident in this process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def log_to_console() -> None:
+    """Sends log lines to stdout, each flushed; called once per process."""
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):
+        LOGGER.addHandler(ConsoleHandler())
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Appends log lines to `path` too, for the duration of one run only: every seed has a log of its own."""
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another 'filepath'.") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True,
+                          timeout=10).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
