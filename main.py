@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     from utils.errors import UserError
     from utils.progress import LOGGER
     from utils.runtime import log_to_console
+    from utils.signals import EXIT_STATUS, Stopped
 
     log_to_console()
     flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
@@ -43,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        LOGGER.info("Interrupted; finished tasks are saved, the same command goes on after them.")
-        return 130
+    except Stopped as stop:
+        LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command goes on from here.")
+        return EXIT_STATUS[stop.signal]
     return 0
 
 

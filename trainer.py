@@ -14,23 +14,36 @@ from backbone import FrozenViT, create_backbone
 from models import LEARNERS, BaseLearner
 from models.training import epochs_of
 from utils import run_folder
+from utils.checkpoint import Checkpoints
 from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data_manager import DataManager
-from utils.errors import UserError, unknown
-from utils.files import write_json, write_torch
+from utils.errors import unknown
+from utils.files import write_json
 from utils.metrics import TaskCounts, count_predictions, summary
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
 from utils.report import curve_lines, final_table, seeds_table
-from utils.runtime import code_version, hardware, log_to_file, peak_memory, pick_device, reset_peak_memory, versions
-
-CHECKPOINT = "checkpoint.pt"
+from utils.run_lock import lock
+from utils.runtime import (
+    code_version,
+    hardware,
+    log_to_file,
+    out_of_memory,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    use_deterministic_algorithms,
+    versions,
+)
+from utils.signals import Signals, Stopped
 
 
 def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
     """Runs every seed of the config in turn; returns the records (`results.json`) of all."""
     learner_class(config).check(config)
+    if config.deterministic:
+        use_deterministic_algorithms()
     device, warnings = pick_device(config.device)
     for warning in [*config_warnings(config), *warnings]:
         LOGGER.warning(warning)
@@ -86,25 +99,24 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
     return backbone, data
 
 
-def evaluate(learner: BaseLearner, data: DataManager, task: int, batch_size: int) -> TaskCounts:
-    """Counts right and wrong predictions on the test images of every class seen up to `task`."""
-    learner.start_evaluation()
-    counts = TaskCounts.zeros(task + 1)
-    for images, labels in data.eval_batches("test", range(data.seen_classes(task)), batch_size):
-        counts += count_predictions(learner.predict(images), labels, data.task_of_class, task + 1)
-    return counts
-
-
 class Run:
-    """One seed of a config in one folder, continued after its last finished task if it was interrupted."""
+    """One seed of a config in one folder. An unfinished run goes on from its newest whole checkpoint, within a task too."""
 
     def __init__(self, config: Config, seed: int, folder: Path, device: torch.device) -> None:
         self.config, self.seed, self.folder, self.device = config, seed, folder, device
+        self.checkpoints = Checkpoints(folder)
+        self.signals = Signals()
         self.records: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
+        self.within_task = False  # a task has begun that the learner's state can go on with
+        self.task_started = self.checkpoint_written = time.monotonic()
+        self.steps = 0
 
     def finish(self) -> dict[str, Any]:
-        """Trains what is left and returns the record; a run that has ended already is only reported."""
+        """Trains what is left and returns the record; a run that has ended already is only reported.
+
+        Raises utils.signals.Stopped after a signal, with everything saved.
+        """
         done = run_folder.finished_result(self.folder)
         if done is not None:
             LOGGER.info(f"{self.folder} holds a finished run of this config; nothing is trained (--overwrite starts over).")
@@ -112,24 +124,45 @@ class Run:
             self._report()
             return done
         run_folder.claim(self.folder, self.config)
-        with log_to_file(self.folder / "train.log"):
+        with lock(self.folder), log_to_file(self.folder / "train.log"), self.signals:
             self._prepare()
             try:
                 self._stream()
+            except (RuntimeError, MemoryError) as error:
+                raise out_of_memory(error) or error from error
             finally:
                 self.progress.close()
             self._report()
-            pictures = write_pictures(self.result, self.folder)
+            pictures = sorted(self.folder.glob("*.png"))
             LOGGER.info("Pictures: " + ", ".join(str(path) for path in pictures))
             LOGGER.info(f"Results: {self.folder / 'results.json'}, artifacts: {self.folder}")
         return self.result
 
+    # ---- what the learner may ask for while it learns (models.base.Session)
+
+    def evaluate(self) -> float:
+        """Accuracy in percent on the test images of every class seen so far."""
+        counts = self._counts()
+        return 100 * sum(counts.top1) / sum(counts.images)
+
+    def after_step(self) -> None:
+        """Writes a checkpoint when one is due, and stops the run once a signal has come."""
+        self.steps += 1
+        due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
+        if due or (self.config.checkpoint_steps and self.steps % self.config.checkpoint_steps == 0):
+            self._checkpoint()
+        self._stop_on_signal()
+
+    # ---- the run
+
     def _prepare(self) -> None:
         config = self.config
         backbone, self.data = build(config, self.seed, self.device)
-        batches = [epochs_of(config, t) * self.data.steps_per_epoch(t, config.batch_size) for t in range(self.data.nb_tasks)]
-        self.progress = Progress(sum(batches) if learner_class(config).trains else 0)
-        self.learner = learner_class(config)(config, self.data, backbone, self.seed, self.progress)
+        kind = learner_class(config)
+        steps = [epochs_of(config, t) * self.data.steps_per_epoch(t, config.batch_size) if kind.trains else 0
+                 for t in range(self.data.nb_tasks)]
+        self.progress = Progress(sum(steps))
+        self.learner = kind(config, self.data, backbone, self.seed, self.progress)
         split = self.data.split_record()
         write_json(self.folder / "split.json", split)
         order = json.dumps(self.data.class_order).encode()
@@ -142,29 +175,34 @@ class Run:
                     f"{backbone.identity.name} on {self.device}, in {self.folder}")
         self.learner.announce()
         self._resume()
-        self.progress.skip(sum(batches[:len(self.records)]) if learner_class(config).trains else 0)
+        self.progress.skip(sum(steps[:len(self.records)]) + (self.learner.steps_done() if self.within_task else 0))
 
     def _resume(self) -> None:
-        path = self.folder / CHECKPOINT
-        if not path.exists():
+        state, damaged = self.checkpoints.load()
+        for line in damaged:
+            LOGGER.warning(line)
+        if state is None:
             return
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise UserError(f"{path}: the checkpoint cannot be read; use --overwrite to start over.") from error
         self.learner.load_state(state["learner"])
         self.records[:] = json.loads(state["records"])
-        LOGGER.info(f"Continuing after task {len(self.records) - 1}, from {path}")
+        self.within_task, self.steps = state["within_task"], state["steps"]
+        self.task_started = time.monotonic() - state["seconds"]
+        place = f"within task {len(self.records)}" if self.within_task else f"after task {len(self.records) - 1}"
+        LOGGER.info(f"Continuing {place}, from the checkpoint in {self.folder}")
 
     def _stream(self) -> None:
         for task in range(len(self.records), self.data.nb_tasks):
-            started = time.monotonic()
             reset_peak_memory(self.device)
-            self.learner.begin_task(task)
+            if not self.within_task:
+                self.task_started = time.monotonic()
+                self.learner.begin_task(task)
+            self.within_task = True
             trainable = self.learner.trainable_parameters()
-            self.learner.train(lambda: _percent(self._counts(task)))  # noqa: B023
+            self.learner.train(self)
+            self._checkpoint()
+            self.within_task = False
             report = self.learner.end_task()
-            counts = self._counts(task)
+            counts = self._counts()
             stored = self.learner.stored_tensors()
             saved = self.learner.save(self.folder)
             self.records.append({
@@ -172,26 +210,44 @@ class Run:
                 **asdict(report), "trainable_parameters": trainable,
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
-                "seconds": round(time.monotonic() - started, 3), "peak_memory_bytes": peak_memory(self.device),
+                "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak_memory(self.device),
                 "counts": asdict(counts)})
-            self._save(finished=task + 1 == self.data.nb_tasks)
+            self._checkpoint()
+            self._write_results()
             LOGGER.info(f"Saved: {', '.join(path.name for path in saved)} in {self.folder}")
             for line in curve_lines(self.result["metrics"]):
                 LOGGER.info(line)
+            self._stop_on_signal()
+        self._write_results()
+        write_pictures(self.result, self.folder)
+        self._write_results(finished=True)
 
-    def _counts(self, task: int) -> TaskCounts:
-        return evaluate(self.learner, self.data, task, self.config.batch_size)
+    def _counts(self) -> TaskCounts:
+        task, counts = self.learner.task, TaskCounts.zeros(self.learner.task + 1)
+        self.learner.start_evaluation()
+        for images, labels in self.data.eval_batches("test", range(self.data.seen_classes(task)), self.config.batch_size):
+            counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, task + 1)
+            self._stop_on_signal()
+        return counts
 
-    def _save(self, finished: bool) -> None:
+    def _stop_on_signal(self) -> None:
+        """Between tasks and while a task is decided, the checkpoint on disk is the one to go on from."""
+        if self.signals.received is not None:
+            if self.within_task:
+                self._checkpoint()
+            raise Stopped(self.signals.received)
+
+    def _checkpoint(self) -> None:
+        self.checkpoints.save({
+            "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
+            "seconds": time.monotonic() - self.task_started, "steps": self.steps})
+        self.checkpoint_written = time.monotonic()
+
+    def _write_results(self, finished: bool = False) -> None:
         self.result["metrics"] = summary([TaskCounts(**record["counts"]) for record in self.records])
         self.result["finished"] = finished
-        write_torch(self.folder / CHECKPOINT, {"learner": self.learner.state(), "records": json.dumps(self.records)})
         write_json(self.folder / "results.json", self.result)
 
     def _report(self) -> None:
         for line in [*final_table(self.result).splitlines(), *curve_lines(self.result["metrics"])]:
             LOGGER.info(line)
-
-
-def _percent(counts: TaskCounts) -> float:
-    return 100 * sum(counts.top1) / sum(counts.images)

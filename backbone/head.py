@@ -41,6 +41,18 @@ class GrowingHead(nn.Module):
             return self.weight, self.bias
         return (torch.cat([self.weight, self.new_weight.detach()]), torch.cat([self.bias, self.new_bias.detach()]))
 
+    def snapshot(self) -> dict[str, Tensor | None]:
+        """Every row, as detached copies; `restore` takes it back."""
+        tensors = {name: getattr(self, name) for name in ("weight", "bias", "new_weight", "new_bias")}
+        return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def restore(self, state: dict[str, Tensor | None]) -> None:
+        """The head as it was at `snapshot`."""
+        tensors = {name: None if value is None else value.to(self.weight, copy=True) for name, value in state.items()}
+        self.weight, self.bias = tensors["weight"], tensors["bias"]
+        for name in ("new_weight", "new_bias"):
+            setattr(self, name, None if tensors[name] is None else nn.Parameter(tensors[name]))
+
     def current_logits(self, features: Tensor) -> Tensor:
         """Logits `[b, c]` of the current task's classes alone: old rows get no gradient."""
         return F.linear(features, self.new_weight, self.new_bias)

@@ -214,10 +214,10 @@ class AdapterBank(nn.Module):
     def restore(self, state: dict[str, Any]) -> None:
         """The bank as it was at `snapshot`."""
         for name in self._FIXED:
-            setattr(self, name, state[name].to(self.A))
-        self.alpha = nn.Parameter(state["alpha"].to(self.A))
+            setattr(self, name, state[name].to(self.A, copy=True))
+        self.alpha = nn.Parameter(state["alpha"].to(self.A, copy=True))
         for name in ("new_A", "new_B"):
-            setattr(self, name, None if state[name] is None else nn.Parameter(state[name].to(self.A)))
+            setattr(self, name, None if state[name] is None else nn.Parameter(state[name].to(self.A, copy=True)))
         self.gate.replace(state["logits"].to(self.A))
         self.tasks, self.ranks = list(state["tasks"]), list(state["ranks"])
 

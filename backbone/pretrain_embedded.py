@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -48,8 +49,13 @@ def pretraining_characters() -> list[str]:
     several characters that look alike all but the first.
     """
     classes = CHARACTERS + DIGITS
-    printed = [chr(code) for code in range(33, 0xE000) if _is_printed(chr(code)) and chr(code) not in classes]
-    candidates = [c for c in printed if sum(has(face, c) for face in TRAIN_FACES) >= MIN_FACES]
+    candidates = [
+        character
+        for character in map(chr, range(33, 0xE000))
+        if _is_printed(character)
+        and not set(unicodedata.normalize("NFKD", character)) & set(classes)
+        and sum(has(face, character) for face in TRAIN_FACES) >= MIN_FACES
+    ]
     everything = [*classes, *candidates]
     alike = _alike(everything)
     taken, refused = list(range(len(classes))), set(classes)
@@ -73,26 +79,28 @@ def _alike(characters: Sequence[str]) -> np.ndarray:
     alike = np.zeros((len(characters), len(characters)), dtype=bool)
     for face in FACES:
         present = np.array([index for index, character in enumerate(characters) if has(face, character)])
-        shapes = np.stack([_shape(drawing(characters[index], face)) for index in present])
+        shapes = _shapes([drawing(characters[index], face) for index in present])
         similar = shapes @ shapes.T >= LOOK_ALIKE
         np.fill_diagonal(similar, ~shapes.any(axis=1))
         alike[np.ix_(present, present)] |= similar
     return alike
 
 
-def _shape(ink: np.ndarray) -> np.ndarray:
-    """The ink cut out, brought to one size with its proportions kept, blurred, of norm 1 or all 0: `[576]`."""
-    rows, columns = np.nonzero(ink)
-    if not len(rows):
-        return np.zeros(_SHAPE * _SHAPE)
-    box = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    cut = torch.from_numpy(box.astype(np.float64))
-    height, width = (max(1, round(side * _SHAPE / max(cut.shape))) for side in cut.shape)
-    small = functional.interpolate(cut[None, None], (height, width), mode="area")
-    top, left = (_SHAPE - height) // 2, (_SHAPE - width) // 2
-    square = functional.pad(small, (left, _SHAPE - width - left, top, _SHAPE - height - top))
-    blurred = functional.avg_pool2d(square, 3, stride=1, padding=1).flatten()
-    return (blurred / blurred.norm()).numpy()
+def _shapes(drawings: Sequence[np.ndarray]) -> np.ndarray:
+    """Each drawing's ink cut out, brought to one size with its proportions kept, blurred, of norm 1 or all 0: `[n, 576]`."""
+    squares = torch.from_numpy(np.stack([_square(drawing) for drawing in drawings])).double()
+    blurred = functional.avg_pool2d(squares[:, None], 3, stride=1, padding=1).flatten(1)
+    return functional.normalize(blurred, dim=1).numpy()
+
+
+def _square(ink: np.ndarray) -> np.ndarray:
+    square = Image.new("L", (_SHAPE, _SHAPE))
+    box = Image.fromarray(ink).getbbox()
+    if box:
+        cut = Image.fromarray(ink).crop(box)
+        width, height = (max(1, round(side * _SHAPE / max(cut.size))) for side in cut.size)
+        square.paste(cut.resize((width, height), Image.Resampling.BOX), ((_SHAPE - width) // 2, (_SHAPE - height) // 2))
+    return np.asarray(square)
 
 
 def fresh_model(classes: int, seed: int) -> nn.Module:
@@ -199,7 +207,7 @@ def make(options: argparse.Namespace) -> None:
 
     def draw(epoch: int) -> Images:
         seed = stream_seed(options.seed, "pretrain", "images", epoch)
-        return render(characters, TRAIN_FACES, options.per_face, seed)
+        return render(characters, TRAIN_FACES, options.per_face, seed, options.jitter)
 
     train(model, draw, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr, seed=options.seed)
     test_seed = stream_seed(options.seed, "pretrain", "test")
@@ -263,6 +271,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=10, help="passes over all characters")
     parser.add_argument("--per-face", type=int, default=5, help="images of a character per face and epoch")
+    parser.add_argument("--jitter", type=float, default=0.3, help="strength of the images' jitter; glyphs has 1")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=1, help="of the first weights, the images and their order")

@@ -1,9 +1,13 @@
 """The frozen ViT: any timm vision transformer, its weights from the hub, the cache or a local file, and its identity."""
 
+import argparse
 import hashlib
+import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -20,7 +24,7 @@ DEFAULT_TAGS = {"vit_base_patch16_224": "augreg2_in21k_ft_in1k"}
 
 @dataclass(frozen=True)
 class Identity:
-    """Which network was frozen: timm name and tag, and the SHA-256 of its weights."""
+    """Which network was frozen: timm's name and tag of it, where its weights came from and their SHA-256."""
 
     name: str
     tag: str
@@ -33,21 +37,35 @@ def load_vit(name: str, *, pretrained: bool, weights: str | None, seed: int) -> 
     """A frozen timm ViT in evaluation mode, without classifier, and its identity.
 
     weights: a local .safetensors, .pth/.pt/.bin or .npz file, used instead of timm's download. Random weights
-    (`pretrained` false) follow `seed`. Raises UserError for an unknown name, weights that cannot be had or do not fit.
+    (`pretrained` false) follow `seed`. Raises UserError for an unknown name, a network whose blocks lack the fused
+    attn.qkv linear, and weights that cannot be had or do not fit.
     """
     full_name = _full_name(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "backbone"))
-        if pretrained and weights is None:
+        torch.default_generator.manual_seed(stream_seed(seed, "backbone"))  # torch.manual_seed would reseed CUDA too
+        vit, source = timm.create_model(full_name, pretrained=False, num_classes=0), weights or "random"
+        fused_qkv(vit, name)  # before anything is downloaded
+        if weights is not None:
+            _load_file(vit, Path(weights), name)
+        elif pretrained:
             vit, source = _download(full_name), "pretrained"
-        else:
-            vit, source = timm.create_model(full_name, pretrained=False, num_classes=0), weights or "random"
-    if weights is not None:
-        _load_file(vit, Path(weights), name)
     vit.requires_grad_(False).eval()
-    bare, _, tag = full_name.partition(".")
+    made = vit.pretrained_cfg  # for timm's old names, such as vit_base_patch16_224_in21k, what they stand for today
     parameters = sum(tensor.numel() for tensor in vit.state_dict().values())
-    return vit, Identity(bare, tag, source, weights_sha256(vit.state_dict()), parameters)
+    return vit, Identity(made["architecture"], made.get("tag") or "", source, weights_sha256(vit.state_dict()), parameters)
+
+
+def fused_qkv(vit: nn.Module, name: str) -> list[nn.Linear]:
+    """The fused `attn.qkv` linear of every block; raises UserError, naming the model, if a block has none."""
+    blocks = list(getattr(vit, "blocks", []))
+    linears = [getattr(getattr(block, "attn", None), "qkv", None) for block in blocks]
+    fused = [isinstance(linear, nn.Linear) and linear.out_features == 3 * linear.in_features for linear in linears]
+    # BEiT and EVA add separate biases to the linear's weight themselves, past any layer put in its place.
+    split_bias = any(getattr(block.attn, "q_bias", None) is not None for block, ok in zip(blocks, fused) if ok)
+    if not blocks or not all(fused) or split_bias:
+        raise UserError(f"backbone_type: '{name}' has no fused attn.qkv linear in each of its blocks; choose a timm vision "
+                        "transformer that has, such as 'vit_base_patch16_224'.")
+    return linears
 
 
 def data_config(vit: nn.Module) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
@@ -85,6 +103,9 @@ def _full_name(name: str) -> str:
 
 
 def _download(name: str) -> nn.Module:
+    hub = logging.getLogger("huggingface_hub")  # without a network it would print every one of its retries
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     try:
         return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub raise many kinds: no network, no such file, a damaged cache
@@ -92,31 +113,58 @@ def _download(name: str) -> nn.Module:
             f"backbone_type: the pretrained weights of '{name}' are not in the cache and could not be downloaded "
             f"({type(error).__name__}); run once with a network, set 'backbone_weights' to a local file, or set "
             "'pretrained' to false for random weights.") from error
+    finally:
+        hub.setLevel(level)
 
 
 def _load_file(vit: nn.Module, path: Path, name: str) -> None:
+    """Fills `vit` from `path`, in timm's naming, in its authors' as timm converts it, or in Flax's (.npz).
+
+    Position embeddings are resized to the model's image size, as timm does; everything else has to fit exactly.
+    """
     if not path.is_file():
         raise UserError(f"backbone_weights: there is no file '{path}'; give a .safetensors, .pth or .npz file of '{name}'.")
+    wanted = vit.state_dict()
     try:
         if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                patches = [arrays[key].shape[:2] for key in arrays.files if key.endswith("embedding/kernel")]
             vit.load_pretrained(str(path))
-            return
-        state = _read_state(path)
-        state = checkpoint_filter_fn(state, vit) if isinstance(vit, VisionTransformer) else state
+            state = wanted
+        else:
+            state = _read_state(path)
+            patches = [state[key].shape[2:] for key in ("patch_embed.proj.weight", "visual.conv1.weight") if key in state]
+            state = checkpoint_filter_fn(state, vit, adapt_layer_scale=True) if isinstance(vit, VisionTransformer) else state
     except UserError:
         raise
     except Exception as error:  # truncated, foreign or damaged in one of many ways: name the file, do not guess further
-        raise UserError(f"backbone_weights: '{path}' could not be read as weights of '{name}' ({error}); get the file "
-                        "again or choose the matching backbone_type.".replace("\n", " ")) from error
-    wanted = vit.state_dict()
-    missing = sorted(set(wanted) - set(state))
-    misfits = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if missing or misfits:
-        key = (missing + misfits)[0]
-        found = f"has shape {tuple(state[key].shape)}" if misfits and not missing else "is missing"
-        raise UserError(f"backbone_weights: '{path}' does not fit '{name}': '{key}' {found} where {tuple(wanted[key].shape)} "
-                        "is needed; choose the matching backbone_type or file.")
+        raise UserError(f"backbone_weights: '{path}' could not be read as weights of '{name}' ({_reason(error)}); get the "
+                        "file again or choose the matching backbone_type.") from error
+    if problem := _misfit(state, wanted, patches):
+        raise UserError(f"backbone_weights: '{path}' does not fit '{name}': {problem}; choose the matching backbone_type or "
+                        "file.")
     vit.load_state_dict({key: state[key] for key in wanted})
+
+
+# What a ViT makes its tokens with. Other entries of a file that a model lacks, such as a classifier, do not matter to it.
+_TOKEN_PARTS = ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre", "blocks")
+
+
+def _misfit(state: dict[str, Tensor], wanted: dict[str, Tensor], patches: list[tuple[int, ...]]) -> str | None:
+    """The first thing that keeps `state` from being the network `wanted`; patches: sizes [h, w] before timm's conversion."""
+    for key in sorted(set(wanted) - set(state)):
+        return f"it lacks '{key}'"
+    for key in sorted(set(state) - set(wanted)):
+        if key.split(".")[0] in _TOKEN_PARTS:
+            return f"it has '{key}', which the model lacks"
+    for key in wanted:
+        if state[key].shape != wanted[key].shape:
+            return f"'{key}' has shape {tuple(state[key].shape)} where {tuple(wanted[key].shape)} is needed"
+    for found in patches:
+        # timm would stretch the filters to the model's patches: a network that nobody has trained
+        if len(found) == 2 and tuple(found) != (needed := tuple(wanted["patch_embed.proj.weight"].shape[2:])):
+            return f"its patches are {found[0]} x {found[1]} pixels where {needed[0]} x {needed[1]} are needed"
+    return None
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -124,9 +172,17 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     if path.suffix not in (".pth", ".pt", ".bin"):
         raise UserError(f"backbone_weights: '{path}' has an unknown ending; give a .safetensors, .pth or .npz file.")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and DeiT keep their arguments beside the weights
+        state = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("model", "state_dict", "teacher"):
         state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"backbone_weights: '{path}' does not hold a state dict of tensors; save one with torch.save.")
     return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load the file without its safeguard
+        return "it is no PyTorch file, or holds more than tensors"
+    text = " ".join(str(error).split())
+    return f"{text[:200]}..." if len(text) > 200 else text or type(error).__name__

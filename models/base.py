@@ -1,10 +1,9 @@
 """What every class-incremental method offers to the trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,17 @@ from backbone import FrozenViT
 from utils.config import Config, refuse_inactive
 from utils.data_manager import DataManager
 from utils.progress import Progress
+
+
+class Session(Protocol):
+    """What a learner may ask of the trainer while it learns a task."""
+
+    def evaluate(self) -> float:
+        """Accuracy in percent on the test images of every class seen so far."""
+
+    def after_step(self) -> None:
+        """To be called between optimizer steps, when `state` is one to go on from: may write a checkpoint, and raises
+        utils.signals.Stopped when the run is to stop."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,12 @@ class BaseLearner(ABC):
         """Makes room for the classes of `task`."""
 
     @abstractmethod
-    def train(self, evaluate: Callable[[], float]) -> None:
-        """Learns the current task; `evaluate` gives the accuracy in percent on all seen classes, whenever wanted."""
+    def train(self, session: Session) -> None:
+        """Learns the current task, from where `load_state` left it."""
+
+    def steps_done(self) -> int:
+        """Optimizer steps of the current task so far."""
+        return 0
 
     @abstractmethod
     def end_task(self) -> TaskReport:
@@ -81,7 +95,7 @@ class BaseLearner(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Everything learned so far, as tensors and plain Python values; taken between tasks."""
+        """Everything learned so far, as tensors and plain Python values; between tasks or optimizer steps."""
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:

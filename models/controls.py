@@ -1,6 +1,5 @@
 """Controls on the frozen backbone: a linear head, and the nearest class mean."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.artifacts import save_head
-from models.base import BaseLearner, TaskReport
+from models.base import BaseLearner, Session, TaskReport
 from models.training import GradientLearner, learning_rate
 from utils.errors import UserError
 
@@ -31,19 +30,8 @@ class FinetuneHead(GradientLearner):
     def groups(self) -> list[dict]:
         return [{"params": [self.head.new_weight, self.head.new_bias], "lr": learning_rate(self.config, self.task)}]
 
-    def end_task(self) -> TaskReport:
-        self.head.commit()
-        return TaskReport()
-
     def save(self, folder: Path) -> list[Path]:
         return [save_head(folder, self.head, self.task)]
-
-    def state(self) -> dict[str, Any]:
-        return {"task": self.task, "head": self.head.rows()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.task = state["task"]
-        self.head.weight, self.head.bias = (rows.to(self.device) for rows in state["head"])
 
 
 class SimpleCIL(BaseLearner):
@@ -61,7 +49,7 @@ class SimpleCIL(BaseLearner):
         self.task = task
 
     @torch.no_grad()
-    def train(self, evaluate: Callable[[], float]) -> None:
+    def train(self, session: Session) -> None:
         classes = self.data.task_classes(self.task)
         sums = torch.zeros(len(classes), self.backbone.width, device=self.device)
         counts = torch.zeros(len(classes), device=self.device)

@@ -1,6 +1,5 @@
 """Gumbel CL-LoRA, and SD-LoRA as gate "none": one adapter per task, a gate over all of them, growth on merit."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from backbone.gates import GATES
 from backbone.lora import AdapterBank, inject
 from models.artifacts import beta_record, save_task
-from models.base import TaskReport
+from models.base import Session, TaskReport
 from models.growth import RULES, Decision, Evidence
 from models.training import GradientLearner, epochs_of, learning_rate
 from utils.config import Config
@@ -38,6 +37,7 @@ class SDLoRA(GradientLearner):
                             f"rank between 1 and {self.bank.width}.")
         self.pruned: set[int] = set()
         self.decision_beta = torch.zeros(0)
+        self._beta: Tensor | None = None
 
     def announce(self) -> None:
         config = self.config
@@ -74,13 +74,14 @@ class SDLoRA(GradientLearner):
             groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
         return groups
 
-    def train(self, evaluate: Callable[[], float]) -> None:
+    def train(self, session: Session) -> None:
         config = self.config
         steps = epochs_of(config, self.task) * self.data.steps_per_epoch(self.task, config.batch_size)
         self.schedule = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
+        self.tau = self.schedule.at(max(self._place.step - 1, 0))
         if self.gate.gated and (warning := self.schedule.warning()):
             LOGGER.warning(warning)
-        super().train(evaluate)
+        super().train(session)
 
     def before_step(self, step: int) -> Tensor | None:
         """One temperature, one draw of noise and one merge per optimizer step, shared by all blocks and projections."""
@@ -89,8 +90,8 @@ class SDLoRA(GradientLearner):
             return None
         self.tau = self.schedule.at(step)
         self.gate.set_temperature(self.tau)
-        beta = self.bank.train_step(self._noise(step))
-        return self.config.lambda_sparsity * sparsity_loss(beta)
+        self._beta = self.bank.train_step(self._noise(step))
+        return self.config.lambda_sparsity * sparsity_loss(self._beta)
 
     def _noise(self, step: int) -> Tensor | None:
         """Keyed by (seed, task, step): the same in every process, and whatever else draws random numbers."""
@@ -98,6 +99,9 @@ class SDLoRA(GradientLearner):
             return None
         stream = generator(self.seed, "gate", self.task, step)
         return self.config.gate_noise * gumbel_noise((len(self.bank.tasks),), stream)
+
+    def gate_weights(self) -> Tensor | None:
+        return self._beta
 
     def start_evaluation(self) -> None:
         self.bank.merge()
@@ -131,8 +135,8 @@ class SDLoRA(GradientLearner):
         self._settle(decision, beta)
         if kept:
             bank.commit()
-        self.head.commit()
-        self.bank.merge()
+        super().end_task()
+        bank.merge()
         for line in growth_lines(task, self.decision_beta.tolist(), rule=config.growth_rule, kept=kept, evicted=evicted,
                                  active=len(bank.tasks), total=task + 1, limit=decision.limit, value=decision.value):
             LOGGER.info(line)
@@ -158,7 +162,7 @@ class SDLoRA(GradientLearner):
     def _held_out_losses(self) -> tuple[float, float]:
         """Cross-entropy on the held-out images with and without the current adapter, the new head rows fitted both times."""
         bank, head = self.bank, self.head
-        saved, rows = bank.snapshot(), (head.new_weight.detach().clone(), head.new_bias.detach().clone())
+        saved, rows = bank.snapshot(), head.snapshot()
         losses = []
         for keep in (list(bank.tasks), bank.tasks[:-1]):
             beta = self.gate()
@@ -169,7 +173,7 @@ class SDLoRA(GradientLearner):
                 self.refit_head(self.config.refit_epochs)
             losses.append(self._held_out_loss())
             bank.restore(saved)
-            head.new_weight, head.new_bias = (nn.Parameter(row.clone()) for row in rows)
+            head.restore(rows)
         return losses[0], losses[1]
 
     def _held_out_loss(self) -> float:
@@ -198,14 +202,14 @@ class SDLoRA(GradientLearner):
         return [self.bank, self.head]
 
     def state(self) -> dict[str, Any]:
-        return {"task": self.task, "bank": self.bank.snapshot(), "head": self.head.rows(), "pruned": sorted(self.pruned),
-                "decision_beta": self.decision_beta}
+        return {**super().state(), "bank": self.bank.snapshot(), "pruned": sorted(self.pruned),
+                "decision_beta": self.decision_beta, "tau": self.gate.tau.item()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.task, self.pruned, self.decision_beta = state["task"], set(state["pruned"]), state["decision_beta"]
+        super().load_state(state)
+        self.pruned, self.decision_beta = set(state["pruned"]), state["decision_beta"]
         self.bank.restore(state["bank"])
-        self.head.weight, self.head.bias = (rows.to(self.device) for rows in state["head"])
-        self.gate.set_temperature(self.config.gumbel_tau_final)
+        self.gate.set_temperature(state["tau"])
         self.bank.merge()
 
 

@@ -2,14 +2,15 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.head import GrowingHead
-from models.base import BaseLearner
+from models.base import BaseLearner, Session, TaskReport
+from models.meter import Meter
 from utils.config import Config
 from utils.errors import UserError
 from utils.progress import LOGGER
@@ -19,9 +20,10 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 
 
 def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim.Optimizer:
-    """The task's optimizer; groups carry their own `lr`, and `weight_decay` 0 where none applies."""
+    """The task's optimizer; groups may carry their own `lr`, kept as `initial_lr`, and `weight_decay` 0 where none applies."""
     decay = config.init_weight_decay if task == 0 and config.init_weight_decay is not None else config.weight_decay
     options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    groups = [{**group, "initial_lr": group.get("lr", learning_rate(config, task))} for group in groups]
     return OPTIMIZERS[config.optimizer](groups, lr=learning_rate(config, task), weight_decay=decay, fused=True, **options)
 
 
@@ -53,29 +55,13 @@ def schedule_factor(config: Config, task: int, epoch: int) -> float:
     return 1.0
 
 
-class Meter:
-    """Running sums on the device, read only when they are shown: reading waits for the device."""
+class Place(NamedTuple):
+    """How far the current task has come: the next epoch, batch within it and optimizer step; the epoch's sums so far."""
 
-    NAMES = ("loss", "clf", "sparse", "correct", "images")
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.long, device=device)
-        self.batches = 0
-
-    def add(self, step: int, clf: Tensor, sparse: Tensor, correct: Tensor, images: int) -> None:
-        """One optimizer step: mean losses, number of correct predictions, number of images."""
-        row = torch.stack([(clf + sparse).double(), clf.double(), sparse.double(), correct.double(),
-                           correct.new_tensor(images, dtype=torch.float64)]).detach()
-        self.sums += row
-        self.bad_step = torch.where((self.bad_step < 0) & ~row.isfinite().all(), step, self.bad_step)
-        self.batches += 1
-
-    def read(self) -> dict[str, float]:
-        """Mean losses and the accuracy in percent since the meter was made."""
-        sums = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
-        means = {name: sums[name] / max(self.batches, 1) for name in ("loss", "clf", "sparse")}
-        return {**means, "accuracy": 100 * sums["correct"] / max(sums["images"], 1)}
+    epoch: int
+    batch: int
+    step: int
+    meter: Meter
 
 
 class GradientLearner(BaseLearner):
@@ -86,6 +72,10 @@ class GradientLearner(BaseLearner):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.head = GrowingHead(self.backbone.width).to(self.device)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._place = Place(0, 0, 0, Meter(self.device))
+        self._resumed: dict[str, Any] | None = None
+        self._skipped = 0
 
     # ---- what a method adds
 
@@ -95,6 +85,9 @@ class GradientLearner(BaseLearner):
 
     def before_step(self, step: int) -> Tensor | None:
         """Prepares optimizer step `step` of the task; returns a term to add to the loss, if the method has one."""
+
+    def gate_weights(self) -> Tensor | None:
+        """The gate weights of the current step, if the method has a gate."""
 
     def describe(self) -> dict[str, float]:
         """Figures of the method for the progress display."""
@@ -108,28 +101,56 @@ class GradientLearner(BaseLearner):
 
     def begin_task(self, task: int) -> None:
         self.task = task
+        self._optimizer, self._resumed, self._place = None, None, Place(0, 0, 0, Meter(self.device))
+        self._skipped = 0
         self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
 
-    def train(self, evaluate: Callable[[], float]) -> None:
+    def train(self, session: Session) -> None:
         config, task = self.config, self.task
-        optimizer = make_optimizer(config, self.groups(), task)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: schedule_factor(config, task, epoch))
-        epochs, step = epochs_of(config, task), 0
-        for epoch in range(epochs):
-            meter = Meter(self.device)
-            for images, labels in self.data.train_batches(task, epoch, config.batch_size):
-                extra = self.before_step(step)
-                meter.add(step, *self._accumulate(images, labels, extra), len(labels))
-                optimizer.step()
-                optimizer.zero_grad()
-                shown = self.progress.step(f"Task {task}, Epoch {epoch + 1}/{epochs}", lambda: self._figures(meter))  # noqa: B023
+        self._optimizer = make_optimizer(config, self.groups(), task)
+        epochs, meter = epochs_of(config, task), Meter(self.device)
+        if self._resumed is not None:
+            self._optimizer.load_state_dict(self._resumed["optimizer"])
+            meter.load(self._resumed["meter"])
+        start, self._resumed = self._place, None
+        for epoch in range(start.epoch, epochs):
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule_factor(config, task, epoch)
+            skipped = start.batch if epoch == start.epoch else 0
+            batches = self.data.train_batches(task, epoch, config.batch_size, skip=skipped)
+            for batch, (images, labels) in enumerate(batches, skipped):
+                self._step(self._place.step, images, labels, meter)
+                self._place = Place(epoch, batch + 1, self._place.step + 1, meter)
+                shown = self.progress.step(f"Task {task}, Epoch {epoch + 1}/{epochs}", self._figures)
                 if shown or self.device.type == "cpu":
-                    self._stop_if_not_finite(meter, epoch)
-                step += 1
-            scheduler.step()
-            self._stop_if_not_finite(meter, epoch)
+                    self._stop_if_not_finite()
+                session.after_step()
+            self._stop_if_not_finite()
             wanted = config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs)
-            LOGGER.info(self._epoch_line(epoch, epochs, meter.read(), evaluate() if wanted else None))
+            LOGGER.info(self._epoch_line(epoch, epochs, meter.read(), session.evaluate() if wanted else None))
+            meter = Meter(self.device)
+            self._place = Place(epoch + 1, 0, self._place.step, meter)
+
+    def _step(self, step: int, images: Tensor, labels: Tensor, meter: Meter) -> None:
+        clf, sparse, correct = self._accumulate(images, labels, self.before_step(step))
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = meter.watch(step, clf + sparse, gradients, self.gate_weights())
+        if self.config.nan_policy == "skip" and not finite:
+            self._skip(meter)
+        else:
+            meter.add(clf, sparse, correct, len(labels))
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _skip(self, meter: Meter) -> None:
+        """Leaves out an update that is not finite, as long as the task has had no more than `nan_limit` of them."""
+        self._skipped += 1
+        if self._skipped > self.config.nan_limit:
+            self._stop_if_not_finite()
+        step, what = meter.first_bad()
+        LOGGER.warning(f"Task {self.task}, step {step}: the {what} is not finite; the step is skipped "
+                       f"({self._skipped} of at most {self.config.nan_limit}).")
+        meter.bad.fill_(-1)
 
     def _accumulate(self, images: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions."""
@@ -165,13 +186,36 @@ class GradientLearner(BaseLearner):
                 optimizer.step()
                 optimizer.zero_grad()
 
+    def steps_done(self) -> int:
+        return self._place.step
+
+    def end_task(self) -> TaskReport:
+        self._optimizer = None
+        self.head.commit()
+        return TaskReport()
+
     def modules(self) -> list[nn.Module]:
         return [self.head]
 
+    def state(self) -> dict[str, Any]:
+        self._stop_if_not_finite()  # a checkpoint of numbers that are not would make the loss permanent
+        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
+        place = {"epoch": self._place.epoch, "batch": self._place.batch, "step": self._place.step}
+        return {"task": self.task, "head": self.head.snapshot(), **place, "optimizer": optimizer,
+                "meter": self._place.meter.state(), "skipped": self._skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.task, self._skipped = state["task"], state["skipped"]
+        self.head.restore(state["head"])
+        self._resumed = None if state["optimizer"] is None else state
+        meter = Meter(self.device)
+        meter.load(state["meter"])
+        self._place = Place(state["epoch"], state["batch"], state["step"], meter)
+
     # ---- log and checks
 
-    def _figures(self, meter: Meter) -> dict[str, float]:
-        means = meter.read()
+    def _figures(self) -> dict[str, float]:
+        means = self._place.meter.read()
         return {"loss": means["loss"], **self.describe(), "accuracy": means["accuracy"]}
 
     def _epoch_line(self, epoch: int, epochs: int, means: dict[str, float], test: float | None) -> str:
@@ -185,10 +229,14 @@ class GradientLearner(BaseLearner):
     def _line_figures(self) -> list[str]:
         return [f"{name}={value:.3f}" for name, value in self.describe().items()]
 
-    def _stop_if_not_finite(self, meter: Meter, epoch: int) -> None:
-        step = int(meter.bad_step)
-        if step >= 0:
-            tau = "".join(f", {name} {value:.3f}" for name, value in self.describe().items())
-            raise UserError(f"The loss is no longer finite at task {self.task}, epoch {epoch + 1}, step {step}{tau}, learning "
-                            f"rate {learning_rate(self.config, self.task):g}; {self.advice()}, then run again: finished "
-                            "tasks are saved.")
+    def _stop_if_not_finite(self) -> None:
+        bad = self._place.meter.first_bad()
+        if bad is None:
+            return
+        step, what = bad
+        epoch = step // self.data.steps_per_epoch(self.task, self.config.batch_size) + 1
+        figures = "".join(f", {name} {value:.3f}" for name, value in self.describe().items())
+        rates = ", ".join(f"{rate:.3g}" for rate in sorted({g["lr"] for g in self._optimizer.param_groups}, reverse=True))
+        raise UserError(f"The {what} is no longer finite at task {self.task}, epoch {epoch}, step {step}{figures}, learning "
+                        f"rates {rates}; the likely cause is a learning rate that is too high: {self.advice()}, then run "
+                        "again with --overwrite (what is finished stays readable).")

@@ -158,7 +158,7 @@ def test_only_what_the_trainer_resolves_stays_null():
             "rank_schedule",
             "alpha_lr",
             "gate_lr",
-            "tuned_epoch",
+            "tuned_epoch", "checkpoint_steps",
             "num_workers",
         )
     }
@@ -282,7 +282,7 @@ def test_official_files_load_as_they_are(name, tmp_path):
         "optimizer",
         "scheduler",
         "min_lr",
-        "tuned_epoch",
+        "tuned_epoch", "checkpoint_steps",
     }
     ignored = (ignored | {"weight_decay", "init_weight_decay"}) & set(values)
     (warning,) = config_warnings(config)

@@ -5,7 +5,7 @@ import torch
 
 from models.growth import combination_of_stored
 from models.sdlora import rank_of
-from tests.learners import in_float64, learn, learner_of, small_config, test_images
+from tests.learners import Alone, in_float64, learn, learner_of, small_config, test_images
 from utils.gumbel_utils import TemperatureScheduler
 from utils.progress import LOGGER
 
@@ -133,7 +133,9 @@ def test_i8_evaluating_more_often_changes_no_result() -> None:
         learner = learner_of(small_config(eval_every=every, nb_tasks=2))
         for task in range(2):
             learner.begin_task(task)
-            learner.train(lambda learner=learner: float(logits(learner).sum()))
+            session = Alone()
+            session.evaluate = lambda learner=learner: float(logits(learner).sum())
+            learner.train(session)
             learner.end_task()
         states.append((learner.head.weight, learner.bank.A, learner.bank.B, learner.bank.alpha, learner.gate.logits))
     for first, second in zip(*states):

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,8 @@ import trainer
 from main import main
 from models import load_network
 from tests.learners import SMALL, learner_of, small_config
-from utils.metrics import TaskCounts, summary
+from utils.checkpoint import Checkpoints
+from utils.metrics import TaskCounts, count_predictions, summary
 from utils.progress import LOGGER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +78,7 @@ def test_artifacts_are_those_of_the_contract(run: Path) -> None:
         head = load_file(run / f"head_task_{task}.safetensors")
         assert head["weight"].shape == (2 * task + 2, 128) and head["bias"].shape == (2 * task + 2,)
     assert kept[0]
-    assert not list(run.glob(".*"))
+    assert not list(run.glob(".*.part"))
 
 
 def test_analysis_snippets_run_as_they_are(run: Path) -> None:
@@ -92,7 +95,7 @@ def test_analysis_snippets_run_as_they_are(run: Path) -> None:
 def test_i3_a_fresh_process_rebuilds_the_evaluated_network(run: Path, tmp_path: Path) -> None:
     config = trainer.run_folder.of_seed(small_config(run), 1993)
     learner = learner_of(config)
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state, _ = Checkpoints(run).load()
     learner.load_state(state["learner"])
     images = next(iter(learner.data.eval_batches("test", range(6), 32)))[0]
     learner.start_evaluation()
@@ -109,7 +112,7 @@ def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> N
         network = load_network(run, task)
         counts = TaskCounts.zeros(task + 1)
         for images, labels in learner.data.eval_batches("test", range(2 * task + 2), 32):
-            counts += trainer.count_predictions(network(images), labels, learner.data.task_of_class, task + 1)
+            counts += count_predictions(network(images), labels, learner.data.task_of_class, task + 1)
         assert counts == TaskCounts(**record["tasks"][task]["counts"])
 
 
@@ -162,20 +165,21 @@ def test_a_folder_of_another_config_is_refused(run: Path, capsys) -> None:
 
 def test_an_interrupted_run_ends_with_the_same_tensors(run: Path, tmp_path: Path, monkeypatch) -> None:
     path = write_config(tmp_path, growth_threshold=0.2)
-    original = trainer.Run._save
+    original = trainer.Run.after_step
+    for stop_at in (5, 9, 13):  # within the first task, after its last step, within the second
 
-    def save_and_stop(self, finished: bool) -> None:
-        original(self, finished)
-        if len(self.records) == 2:
-            raise KeyboardInterrupt
+        def step_and_signal(self) -> None:
+            if self.steps + 1 == stop_at:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self)
 
-    monkeypatch.setattr(trainer.Run, "_save", save_and_stop)
-    assert main(["--config", str(path)]) == 130
-    monkeypatch.setattr(trainer.Run, "_save", original)
+        monkeypatch.setattr(trainer.Run, "after_step", step_and_signal)
+        assert main(["--config", str(path)]) == 143
+    monkeypatch.setattr(trainer.Run, "after_step", original)
     assert main(["--config", str(path)]) == 0
+    assert (tmp_path / "run" / "train.log").read_text().count("Continuing within task") == 3
     for file in sorted(run.glob("*.pt")) + sorted(run.glob("*.safetensors")):
-        if file.name != "checkpoint.pt":
-            assert file.read_bytes() == (tmp_path / "run" / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (tmp_path / "run" / file.name).read_bytes(), file.name
     assert [t["counts"] for t in result_of(run)["tasks"]] == [t["counts"] for t in result_of(tmp_path / "run")["tasks"]]
 
 

@@ -97,6 +97,23 @@ class Config(BaseModel):
         ge=0,
     )
 
+    checkpoint_minutes: float = _run(
+        10.0, "Write a checkpoint within a task every so many minutes; one is written after every task too.", gt=0
+    )
+    checkpoint_steps: int | None = _run(
+        None, "Write one every so many optimizer steps as well.", unset="by time alone", ge=1
+    )
+
+    nan_policy: Literal["stop", "skip"] = _run(
+        "stop",
+        'What to do when loss, gradient or gate is not finite: `"stop"` the run, or `"skip"` that optimizer step, which '
+        "has the processor wait for the device in every step.",
+    )
+    nan_limit: int = _run(10, 'Steps of one task that `"skip"` leaves out before it stops the run after all.', ge=0)
+    deterministic: bool = _run(
+        False, "Only deterministic algorithms, also on CUDA (slower); the CPU always gives the same bits."
+    )
+
     dataset: Name = _data(
         ..., "The data set, a name in `utils/data.py`; a wrong name is answered with the known ones."
     )

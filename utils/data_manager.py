@@ -115,15 +115,15 @@ class DataManager:
         """Batches of an epoch; the last may be smaller."""
         return -(-self.train_size(task) // batch_size)
 
-    def train_batches(self, task: int, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, task: int, epoch: int, batch_size: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of `task`: images float32 `[b, 3, S, S]` and stream labels int64 `[b]`, both on the device.
 
-        Order and augmentation depend on (seed, task, epoch, image) alone.
+        Order and augmentation depend on (seed, task, epoch, image) alone; the first `skip` batches are left out unread.
         """
         index, labels = self._gather("train", self.task_classes(task))
         by_image = np.argsort(index)
         drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
-        order = by_image[drawn]
+        order = by_image[drawn][skip * batch_size:]
         images = self._sources["train"].train(index[order], View(self.seed, task, epoch), batch_size)
         yield from self._with_labels(images, labels[order], batch_size)
 

@@ -1,10 +1,12 @@
 """Files that no reader ever sees half-written: temporary name in the same folder, flush to disk, rename."""
 
+import errno
 import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +17,33 @@ from torch import Tensor
 from utils.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_CANNOT_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM})
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` so that `path` is at every moment either its old content or all of the new one."""
+    """Writes `data` to `path` so that `path` is at every moment either its old content or all of the new one.
+
+    The folder is flushed too: once this returns, a power cut takes neither the file nor its name. Whatever goes wrong, no
+    temporary file stays; what the file system refuses (full, over quota, read-only) is a UserError of one sentence.
+    """
+    # The name comes from the operating system's randomness: none of the run's random streams may move.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX,
-                                         delete=False) as file:
-            try:
+        try:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o666 & ~_umask())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(temporary, path)  # after closing, which is where a network file system may refuse
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror}); free some space or choose another "
+        raise UserError(f"{path}: could not be written ({error.strerror or error}); {_advice(error.errno)}choose another "
                         "'filepath', then run the same command again.") from error
 
 
@@ -71,7 +82,20 @@ def _sorted_metadata(data: bytes) -> bytes:
     return data[:8] + text + data[8 + size:]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename in `folder` last, on file systems that can be asked to."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+
+
+def _advice(number: int | None) -> str:
+    if number in _FULL:
+        return "free some space or "
+    return "allow this user to write there or " if number in _FORBIDDEN else ""

@@ -65,13 +65,14 @@ def load_glyphs(seed: int = SEED) -> tuple[torch.Tensor, np.ndarray, torch.Tenso
 
 
 def render(
-    characters: Sequence[str], faces: Sequence[str], per_face: int, seed: int
+    characters: Sequence[str], faces: Sequence[str], per_face: int, seed: int, strength: float = 1.0
 ) -> tuple[torch.Tensor, np.ndarray]:
     """`per_face` jittered images of every character in every face that has it.
 
     Returns images uint8 `[n, 3, 32, 32]` and labels int64 `[n]`, positions in `characters`, sorted by label and then
     by face. An image depends on the character, the face, its number among the `per_face` (below 1000) and the seed
-    alone, not on what else is drawn.
+    alone, not on what else is drawn. `strength` scales all of the jitter; 0 gives clean print, as it is in the middle
+    of the range.
     """
     drawings, labels, keys = [], [], []
     for label, character in enumerate(characters):
@@ -88,7 +89,7 @@ def render(
         rows = slice(start, min(start + _CHUNK, len(index)))
         grain = uniforms(seed, "glyphs", "grain", index=index[rows], count=SIZE * SIZE)
         picks = torch.arange(rows.start, rows.stop) // per_face
-        out[rows] = _photograph(source[picks], torch.from_numpy(jitter[rows]), torch.from_numpy(grain))
+        out[rows] = _photograph(source[picks], torch.from_numpy(jitter[rows]), torch.from_numpy(grain), strength)
     return out, np.repeat(np.array(labels, dtype=np.int64), per_face)
 
 
@@ -122,21 +123,22 @@ def _paste(ink: np.ndarray, top: int, left: int) -> np.ndarray:
     return canvas
 
 
-def _photograph(drawings: torch.Tensor, jitter: torch.Tensor, grain: torch.Tensor) -> torch.Tensor:
+def _photograph(drawings: torch.Tensor, jitter: torch.Tensor, grain: torch.Tensor, strength: float) -> torch.Tensor:
     """Drawings uint8 `[n, 96, 96]` and uniform numbers `jitter [n, 9]`, `grain [n, 1024]` -> images.
 
     Computed in float64, so that machines which round differently still agree on the 8-bit result.
     """
-    spread = 2.0 * jitter - 1.0  # -1..1
+    spread = strength * (2.0 * jitter - 1.0)
+    loss = strength * jitter
     fine = SIZE * _OVERSAMPLING
     grid = functional.affine_grid(_camera(spread), [len(drawings), 1, fine, fine], align_corners=False)
     ink = functional.grid_sample(drawings[:, None].double() / 255, grid, align_corners=False)
     ink = functional.avg_pool2d(ink, 3, stride=1, padding=1)
     weight = (1.0 + 0.6 * spread[:, 5])[:, None, None, None]  # below 1: thin strokes, above 1: fat ones
     ink = functional.avg_pool2d((ink * (1.0 + weight)).clamp(max=1.0), _OVERSAMPLING)
-    paper = (0.25 * jitter[:, 6])[:, None, None, None]
-    level = (0.65 + 0.35 * jitter[:, 7])[:, None, None, None]
-    noise = (0.16 * jitter[:, 8])[:, None, None, None] * (2.0 * grain.view(-1, 1, SIZE, SIZE) - 1.0)
+    paper = (0.25 * loss[:, 6])[:, None, None, None]
+    level = (1.0 - 0.35 * loss[:, 7])[:, None, None, None]
+    noise = (0.16 * loss[:, 8])[:, None, None, None] * (2.0 * grain.view(-1, 1, SIZE, SIZE) - 1.0)
     gray = (paper + (level - paper) * ink + noise).clamp(0.0, 1.0)
     return (gray * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 

@@ -10,7 +10,7 @@ from utils.errors import UserError
 from utils.files import remove_leftovers, write_json
 
 # Keys that do not change what a run computes; a run may be continued with other values of these.
-NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile"})
+NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps"})
 
 
 def folder_of(config: Config, seed: int) -> Path:

@@ -41,6 +41,13 @@ def pick_device(names: list[str]) -> tuple[torch.device, list[str]]:
     return torch.device("cuda", numbers[0]), warnings if len(numbers) > 1 else []
 
 
+def use_deterministic_algorithms() -> None:
+    """From here on the same bits in every run on CUDA too; to be called before the first CUDA call."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
     installed = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -76,6 +83,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The sentence for an error that says memory has run out, on the CPU or on CUDA; None for any other error."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return UserError("Out of memory; raise grad_accum (the same result in smaller parts), lower batch_size, or set "
+                         "data_placement to \"lazy\", then run the same command again: it goes on from the last checkpoint.")
+    return None
 
 
 def log_to_console() -> None:
