@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     from utils.errors import UserError
     from utils.progress import LOGGER
     from utils.runtime import log_to_console
-    from utils.signals import EXIT_STATUS, Stopped
+    from utils.signals import Stopped
 
     log_to_console()
     flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
@@ -38,15 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
         configs = [load_config(path, options.overrides, **flags) for path in options.config]
         for config in configs:
             if options.dry_run:
-                print(json.dumps(describe(config), indent=1, ensure_ascii=False))
+                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
             else:
                 run(config, options.overwrite)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of `| head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Stopped as stop:
         LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command goes on from here.")
-        return EXIT_STATUS[stop.signal]
+        return stop.exit_status
     return 0
 
 

@@ -123,8 +123,8 @@ class Run:
             self.result = done
             self._report()
             return done
-        run_folder.claim(self.folder, self.config)
         with lock(self.folder), log_to_file(self.folder / "train.log"), self.signals:
+            run_folder.claim(self.folder, self.config)
             self._prepare()
             try:
                 self._stream()
@@ -221,6 +221,7 @@ class Run:
         self._write_results()
         write_pictures(self.result, self.folder)
         self._write_results(finished=True)
+        self.checkpoints.remove_all()
 
     def _counts(self) -> TaskCounts:
         task, counts = self.learner.task, TaskCounts.zeros(self.learner.task + 1)

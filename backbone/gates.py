@@ -1,5 +1,7 @@
 """The gates: from one logit per active adapter to the weight with which each adapter enters. One class per gate."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,11 @@ class GumbelGate(nn.Module):
 
     def forward(self, noise: Tensor | None = None, logits: Tensor | None = None, tau: float | None = None) -> Tensor:
         """Gate weights beta `[n]`, on the simplex; `logits` and `tau` replace the gate's own for a what-if."""
-        return gumbel_sparsemax(self.logits if logits is None else logits, self.tau if tau is None else tau, noise)
+        return self._gate(gumbel_sparsemax, noise, logits, tau)
+
+    def _gate(self, function: Callable[..., Tensor], noise: Tensor | None, logits: Tensor | None, tau: float | None) -> Tensor:
+        return function(self.logits if logits is None else logits, self.tau if tau is None else tau,
+                        training=noise is not None, noise=noise)
 
     def newcomer_logit(self, tau_final: float) -> float:
         """The smallest logit in the noise-free support at `tau_final`: where a newcomer starts."""
@@ -50,7 +56,7 @@ class GumbelSoftmaxGate(GumbelGate):
     """Softmax in place of sparsemax: every active adapter always takes part."""
 
     def forward(self, noise: Tensor | None = None, logits: Tensor | None = None, tau: float | None = None) -> Tensor:
-        return gumbel_softmax(self.logits if logits is None else logits, self.tau if tau is None else tau, noise)
+        return self._gate(gumbel_softmax, noise, logits, tau)
 
 
 class OpenGate(GumbelGate):

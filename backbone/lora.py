@@ -113,7 +113,7 @@ class AdapterBank(nn.Module):
         """Stores the current adapter as direction and magnitude (METHOD.md, section 3, step 5).
 
         Gated methods with `alpha_scope` "layer" move the norm into alpha, so no output changes; with "task" the scalar
-        stays. SD-LoRA keeps the norm as a fixed factor until the next task begins (`use_product_norms`).
+        stays. SD-LoRA keeps the norm as a fixed factor until the next task begins (`reset_magnitudes`).
         """
         assert self.current is not None
         norm = frobenius_norm(self.new_A, self.new_B)  # [L, 2]

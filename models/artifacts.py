@@ -1,4 +1,4 @@
-"""What a gated run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
+"""What a run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
 
 import json
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class SavedNetwork(nn.Module):
 
 
 def load_network(folder: str | Path, task: int) -> SavedNetwork:
-    """Rebuilds the network that was evaluated after `task` from the files in `folder`, by equation 1.
+    """Rebuilds the network that was evaluated after `task` from the files in `folder`, by equation 1, in float32.
 
     The frozen backbone is loaded as the run's config names it. Raises UserError if a file is missing or if the backbone's
     weights are not those of the run.

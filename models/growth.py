@@ -32,9 +32,9 @@ class Decision:
 
 def by_threshold(config: Config, evidence: Evidence) -> Decision:
     """Keep the current adapter if `beta_t > delta`."""
-    beta = evidence.beta[-1].item()
-    kept = _with_current(evidence.bank, beta > config.growth_threshold)
-    return Decision(kept, beta, config.growth_threshold)
+    beta = evidence.beta[-1]
+    threshold = torch.tensor(config.growth_threshold).to(beta)  # rounded as beta is: 0.1 is not above 0.1
+    return Decision(_with_current(evidence.bank, bool(beta > threshold)), beta.item(), threshold.item())
 
 
 def by_rank(config: Config, evidence: Evidence) -> Decision:

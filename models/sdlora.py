@@ -15,7 +15,7 @@ from models.growth import RULES, Decision, Evidence
 from models.training import GradientLearner, epochs_of, learning_rate
 from utils.config import Config
 from utils.errors import UserError
-from utils.gumbel_utils import TemperatureScheduler, gumbel_noise, sparsity_loss
+from utils.gumbel_utils import TemperatureScheduler, sample_gumbel, sparsity_loss
 from utils.progress import LOGGER
 from utils.report import growth_lines
 from utils.rng import generator
@@ -49,7 +49,8 @@ class SDLoRA(GradientLearner):
 
     @torch.no_grad()
     def begin_task(self, task: int) -> None:
-        """The head grows, the new adapter starts at `B = 0`, old magnitudes answer so that no output changes."""
+        """The head grows, the new adapter starts at `B = 0`, and with `gate_compensation` old magnitudes answer the new gate
+        so that no output changes."""
         super().begin_task(task)
         config = self.config
         first = task == 0
@@ -78,7 +79,7 @@ class SDLoRA(GradientLearner):
         config = self.config
         steps = epochs_of(config, self.task) * self.data.steps_per_epoch(self.task, config.batch_size)
         self.schedule = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
-        self.tau = self.schedule.at(max(self._place.step - 1, 0))
+        self.schedule.reset(self._place.step)
         if self.gate.gated and (warning := self.schedule.warning()):
             LOGGER.warning(warning)
         super().train(session)
@@ -88,8 +89,8 @@ class SDLoRA(GradientLearner):
         if not self.gate.gated:
             self.bank.train_step()
             return None
-        self.tau = self.schedule.at(step)
-        self.gate.set_temperature(self.tau)
+        self.schedule.reset(step)
+        self.gate.set_temperature(self.schedule.get_temperature())
         self._beta = self.bank.train_step(self._noise(step))
         return self.config.lambda_sparsity * sparsity_loss(self._beta)
 
@@ -98,7 +99,7 @@ class SDLoRA(GradientLearner):
         if not self.gate.noisy or self.config.gate_noise == 0:
             return None
         stream = generator(self.seed, "gate", self.task, step)
-        return self.config.gate_noise * gumbel_noise((len(self.bank.tasks),), stream)
+        return self.config.gate_noise * sample_gumbel((len(self.bank.tasks),), stream)
 
     def gate_weights(self) -> Tensor | None:
         return self._beta
@@ -107,7 +108,7 @@ class SDLoRA(GradientLearner):
         self.bank.merge()
 
     def describe(self) -> dict[str, float]:
-        return {"tau": self.tau} if self.gate.gated else {}
+        return {"tau": self.gate.tau.item()} if self.gate.gated else {}
 
     def advice(self) -> str:
         gate = ", or raise gumbel_tau_final" if self.gate.gated else ""
@@ -126,10 +127,7 @@ class SDLoRA(GradientLearner):
     @torch.no_grad()
     def end_task(self) -> TaskReport:
         config, bank, task = self.config, self.bank, self.task
-        self.gate.set_temperature(config.gumbel_tau_final)
-        beta = self.gate()
-        self.decision_beta = beta_record(beta, bank.tasks, task)
-        decision = RULES[config.growth_rule](config, Evidence(beta, bank, self._held_out_losses))
+        decision, beta = self._conditional_growth_decision()
         evicted = [t for t in bank.tasks if t not in decision.keep and t != task]
         kept = task in decision.keep
         self._settle(decision, beta)
@@ -144,6 +142,13 @@ class SDLoRA(GradientLearner):
                           beta_after=self.beta_after().tolist(), pruning_mask=self.pruning_mask().tolist(), evicted=evicted,
                           active_adapters=len(bank.tasks),
                           numbers={} if decision.value is None else {config.growth_rule: decision.value})
+
+    def _conditional_growth_decision(self) -> tuple[Decision, Tensor]:
+        """What the growth rule decides, and the gate weights `[n]` at `tau_final` without noise that it read."""
+        self.gate.set_temperature(self.config.gumbel_tau_final)
+        beta = self.gate()
+        self.decision_beta = beta_record(beta, self.bank.tasks, self.task)
+        return RULES[self.config.growth_rule](self.config, Evidence(beta, self.bank, self._held_out_losses)), beta
 
     def _settle(self, decision: Decision, beta: Tensor) -> None:
         """Without the dropped adapters: gate weights renormalise, products `beta_i alpha_i` stay, new head rows are refit."""

@@ -81,7 +81,7 @@ def test_i6_the_newcomers_logit_learns_from_the_classification_loss() -> None:
     assert bank.gate.logits.grad[-1].abs() > 1e-6
 
 
-def test_b_zero_gives_its_logit_nothing_yet() -> None:
+def test_an_adapter_with_b_zero_learns_b_first() -> None:
     vit = tiny_vit()
     bank = filled_bank(vit, 2)
     bank.commit()

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 import trainer
 from main import main
 from models import load_network
-from tests.learners import SMALL, learner_of, small_config
-from utils.checkpoint import Checkpoints
+from tests.learners import SMALL, learn, learner_of, small_config
 from utils.metrics import TaskCounts, count_predictions, summary
 from utils.progress import LOGGER
 
@@ -93,10 +92,8 @@ def test_analysis_snippets_run_as_they_are(run: Path) -> None:
 
 
 def test_i3_a_fresh_process_rebuilds_the_evaluated_network(run: Path, tmp_path: Path) -> None:
-    config = trainer.run_folder.of_seed(small_config(run), 1993)
-    learner = learner_of(config)
-    state, _ = Checkpoints(run).load()
-    learner.load_state(state["learner"])
+    learner = learner_of(small_config(run, growth_threshold=0.2))
+    learn(learner, range(3))
     images = next(iter(learner.data.eval_batches("test", range(6), 32)))[0]
     learner.start_evaluation()
     torch.save((images, learner.predict(images)), tmp_path / "expected.pt")

@@ -92,7 +92,7 @@ class Config(BaseModel):
     )
     eval_every: int = _run(
         1,
-        "Evaluate every so many epochs within a task; 0 evaluates only after it. Costs time and changes no "
+        "Evaluate every so many epochs within a task and in its last one; 0 only after it. Costs time and changes no "
         "training result.",
         ge=0,
     )
@@ -289,7 +289,7 @@ class Config(BaseModel):
         gt=0,
     )
     refit_epochs: int = _growth(
-        2, "Epochs of refitting the new rows of the head after a new adapter was pruned; 0 leaves them.", ge=0
+        2, "Epochs of refitting the new rows of the head after an adapter was pruned; 0 leaves them.", ge=0
     )
 
     precision: Literal["fp32", "bf16"] = _speed(
@@ -298,7 +298,7 @@ class Config(BaseModel):
     compile: bool = _speed(False, "Compile the network with torch.compile: slower to start, faster per step.")
     grad_accum: int = _speed(
         1,
-        "Compute every batch in so many parts: the same result with less memory. At most `batch_size`.",
+        "Compute every batch in so many parts: the same result up to rounding with less memory. At most `batch_size`.",
         ge=1,
     )
     data_placement: Literal["auto", "memory", "lazy"] = _speed(

@@ -217,7 +217,7 @@ def task_sizes(classes: int, init_cls: int, increment: int, nb_tasks: int | None
     """Classes per task: `init_cls`, then `increment` each; the last takes what is left.
 
     Raises UserError if the classes do not suffice, if there are fewer than `nb_tasks` tasks, or if a task has
-    a single class (the loss over its own classes would be zero, METHOD.md section 1).
+    a single class (the loss over its own classes would be zero, METHOD.md, section 2).
     """
     if init_cls > classes:
         raise UserError(

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from utils.augment import Augmentation, augment_batch, augment_image, center_batch, center_image, draw_boxes
 from utils.errors import UserError
+from utils.signals import leave_to_parent
 
 _SAMPLE = 64  # files whose headers are read to estimate the memory that a split takes
 _CHUNK = 64  # images at a time while a test split is read into memory
@@ -259,6 +260,7 @@ class _Loader:
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.pin,
+            worker_init_fn=leave_to_parent,
             generator=torch.Generator(),  # else torch draws from the global generator on every pass
         )
 

@@ -1,7 +1,7 @@
 """Random streams that depend on what they are for, and on nothing else.
 
-Every draw of the project is keyed by the seed and by its purpose (task, epoch, step, image), never taken from a global
-generator. Turning one feature on or off, evaluating more often, resuming, or spreading a batch over workers and processes
+Draws are keyed by the seed and by their purpose (task, epoch, step, image), never taken from a generator that something else
+advances. Turning one feature on or off, evaluating more often, resuming, or spreading a batch over workers and processes
 therefore cannot move the numbers that another feature sees (METHOD.md, invariants I8, I9 and I10).
 """
 

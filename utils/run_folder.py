@@ -1,13 +1,13 @@
 """The folder of a run: whose it is, what it already holds, and how it is set aside."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import remove_leftovers, write_json
+from utils.run_lock import LOCK_FILE, lock
 
 # Keys that do not change what a run computes; a run may be continued with other values of these.
 NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps"})
@@ -25,15 +25,9 @@ def of_seed(config: Config, seed: int) -> Config:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Makes the folder ready for a run of `config`; refuses one that belongs to another config, naming the keys."""
+    """Makes the locked folder ready for a run of `config`; refuses one that belongs to another config, naming the keys."""
     check_owner(folder, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    except OSError as error:
-        raise UserError(f"filepath: the folder '{folder}' cannot be made ({error.strerror}); choose another one.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"filepath: the folder '{folder}' cannot be written to; change its permissions or choose another one.")
+    remove_leftovers(folder)
     if not (folder / "config.json").exists():
         write_json(folder / "config.json", config.model_dump(mode="json"))
 
@@ -76,9 +70,17 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Renames a folder that holds anything to `<folder>.old-<n>`; returns the new name, None where there was nothing."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    """Renames a folder that holds anything to `<folder>.old-<n>`; returns the new name, None where there was nothing.
+
+    Refuses, like any other run, a folder that a run is working in.
+    """
+    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return None
+    with lock(folder):
+        return _rename(folder)
+
+
+def _rename(folder: Path) -> Path:
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
