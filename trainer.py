@@ -19,7 +19,7 @@ from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data_manager import DataManager
 from utils.errors import unknown
-from utils.files import write_json
+from utils.files import sha256_of, write_json, write_sealed_json
 from utils.metrics import TaskCounts, count_predictions, summary
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
@@ -211,7 +211,7 @@ class Run:
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
                 "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak_memory(self.device),
-                "counts": asdict(counts)})
+                "files": {path.name: sha256_of(path) for path in saved}, "counts": asdict(counts)})
             self._checkpoint()
             self._write_results()
             LOGGER.info(f"Saved: {', '.join(path.name for path in saved)} in {self.folder}")
@@ -247,7 +247,7 @@ class Run:
     def _write_results(self, finished: bool = False) -> None:
         self.result["metrics"] = summary([TaskCounts(**record["counts"]) for record in self.records])
         self.result["finished"] = finished
-        write_json(self.folder / "results.json", self.result)
+        write_sealed_json(self.folder / "results.json", self.result)
 
     def _report(self) -> None:
         for line in [*final_table(self.result).splitlines(), *curve_lines(self.result["metrics"])]:

@@ -1,12 +1,10 @@
 """What a run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,7 +13,7 @@ from backbone.gates import GATES
 from backbone.lora import AdapterBank, inject
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import write_safetensors, write_torch
+from utils.files import read_sealed_json, sha256_of, write_safetensors, write_torch
 
 if TYPE_CHECKING:
     from models.sdlora import SDLoRA
@@ -84,24 +82,32 @@ class SavedNetwork(nn.Module):
 def load_network(folder: str | Path, task: int) -> SavedNetwork:
     """Rebuilds the network that was evaluated after `task` from the files in `folder`, by equation 1, in float32.
 
-    The frozen backbone is loaded as the run's config names it. Raises UserError if a file is missing or if the backbone's
-    weights are not those of the run.
+    The frozen backbone is loaded as the run's config names it. Raises UserError if a file is missing or not, to the bit, what
+    the run wrote, or if the backbone's weights are not those of the run.
     """
     folder = Path(folder)
-    config = Config.model_validate(json.loads(_existing(folder / "config.json").read_text(encoding="utf-8")))
-    record = torch.load(_existing(folder / f"beta_values_task_{task}.pt"))
-    head = load_file(_existing(folder / f"head_task_{task}.safetensors"))
+    result = read_sealed_json(_existing(folder / "results.json"))
+    if not 0 <= task < len(result["tasks"]):
+        raise UserError(f"{folder}: task {task} has not been finished there; its tasks are 0 to {len(result['tasks']) - 1}.")
+    written = {name: digest for record in result["tasks"][:task + 1] for name, digest in record["files"].items()}
+
+    def whole(name: str) -> Path:
+        path = _existing(folder / name)
+        if sha256_of(path) != written.get(name):
+            raise UserError(f"{path}: is not the file that the run wrote (its checksum does not fit); restore it from a copy.")
+        return path
+
+    config = Config.model_validate(result["config"])
+    head = load_file(whole(f"head_task_{task}.safetensors"))
+    record = torch.load(whole(f"beta_values_task_{task}.pt"))
     backbone = create_backbone(config)
+    if backbone.identity.sha256 != result["backbone"]["sha256"]:
+        raise UserError(f"{folder}: the backbone that was loaded has other weights than '{config.backbone_type}' had in the "
+                        "run; put the run's weights where they were.")
     bank = AdapterBank(inject(backbone.vit, config.backbone_type), GATES[config.gate](), "layer")
     tasks = [t for t in range(task + 1) if record["pruning_mask"][t]]
-    files = [_existing(folder / f"adapter_task_{t}.safetensors") for t in tasks]
-    for t, path in zip(tasks, files, strict=True):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        if metadata["backbone_sha256"] != backbone.identity.sha256:
-            raise UserError(f"{path}: this adapter was trained on other weights of '{metadata['backbone']}' than the backbone "
-                            "that was loaded; set 'backbone_type' or 'backbone_weights' in config.json to those of the run.")
-        bank.store(t, load_file(path), record["alphas"][t])
+    for t in tasks:
+        bank.store(t, load_file(whole(f"adapter_task_{t}.safetensors")), record["alphas"][t])
     bank.gate.scale = record["gate_scale"]
     bank.merge(record["beta_after"][tasks])
     return SavedNetwork(backbone, head["weight"], head["bias"])

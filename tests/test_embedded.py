@@ -149,6 +149,7 @@ def test_save_says_that_a_folder_cannot_be_written(tmp_path):
     [
         (["--epochs", "0"], "--epochs must be above 0, not 0"),
         (["--per-face", "-1"], "--per-face must be above 0, not -1"),
+        (["--jitter", "2"], "--jitter must be between 0 and 1, not 2.0"),
         (["--lr", "nan"], "--lr must be above 0, not nan"),
         (["--out", "weights.pth"], "--out must name a .safetensors file, not 'weights.pth'"),
         (["--finetune"], "--finetune only measures a file: give --evaluate with it"),

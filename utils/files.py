@@ -1,6 +1,7 @@
 """Files that no reader ever sees half-written: temporary name in the same folder, flush to disk, rename."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -50,6 +51,33 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON (NaN refused: readers of strict JSON must be able to load it)."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` with a key `sha256` over everything else, so that a damaged file is noticed."""
+    write_json(path, {**value, "sha256": _seal(value)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `write_sealed_json` wrote, without its `sha256`; raises UserError for a file that is not whole."""
+    try:
+        value = json.loads(path.read_bytes())
+        seal = value.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); restore it from a copy, or use --overwrite to start over.") from error
+    if seal != _seal(value):
+        raise UserError(f"{path}: is damaged (its checksum does not fit); restore it from a copy, or use --overwrite to start "
+                        "over.")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_torch(path: Path, value: Any) -> None:

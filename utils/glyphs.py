@@ -71,8 +71,7 @@ def render(
 
     Returns images uint8 `[n, 3, 32, 32]` and labels int64 `[n]`, positions in `characters`, sorted by label and then
     by face. An image depends on the character, the face, its number among the `per_face` (below 1000) and the seed
-    alone, not on what else is drawn. `strength` scales all of the jitter; 0 gives clean print, as it is in the middle
-    of the range.
+    alone, not on what else is drawn. `strength` scales all of the jitter; 0 is clean print.
     """
     drawings, labels, keys = [], [], []
     for label, character in enumerate(characters):
@@ -129,16 +128,16 @@ def _photograph(drawings: torch.Tensor, jitter: torch.Tensor, grain: torch.Tenso
     Computed in float64, so that machines which round differently still agree on the 8-bit result.
     """
     spread = strength * (2.0 * jitter - 1.0)
-    loss = strength * jitter
+    dim = strength * jitter
     fine = SIZE * _OVERSAMPLING
     grid = functional.affine_grid(_camera(spread), [len(drawings), 1, fine, fine], align_corners=False)
     ink = functional.grid_sample(drawings[:, None].double() / 255, grid, align_corners=False)
     ink = functional.avg_pool2d(ink, 3, stride=1, padding=1)
     weight = (1.0 + 0.6 * spread[:, 5])[:, None, None, None]  # below 1: thin strokes, above 1: fat ones
     ink = functional.avg_pool2d((ink * (1.0 + weight)).clamp(max=1.0), _OVERSAMPLING)
-    paper = (0.25 * loss[:, 6])[:, None, None, None]
-    level = (1.0 - 0.35 * loss[:, 7])[:, None, None, None]
-    noise = (0.16 * loss[:, 8])[:, None, None, None] * (2.0 * grain.view(-1, 1, SIZE, SIZE) - 1.0)
+    paper = (0.25 * dim[:, 6])[:, None, None, None]
+    level = (1.0 - 0.35 * dim[:, 7])[:, None, None, None]
+    noise = (0.16 * dim[:, 8])[:, None, None, None] * (2.0 * grain.view(-1, 1, SIZE, SIZE) - 1.0)
     gray = (paper + (level - paper) * ink + noise).clamp(0.0, 1.0)
     return (gray * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import remove_leftovers, write_json
+from utils.files import read_sealed_json, remove_leftovers, write_json
 from utils.run_lock import LOCK_FILE, lock
 
 # Keys that do not change what a run computes; a run may be continued with other values of these.
@@ -59,14 +59,8 @@ def check_owner(folder: Path, config: Config) -> None:
 def finished_result(folder: Path) -> dict[str, Any] | None:
     """The record of a run that has ended, None where there is none or it is not finished."""
     path = folder / "results.json"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["finished"] else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as the record of a run ({error}); choose another 'filepath' or use "
-                        "--overwrite to set the folder aside.") from error
+    result = read_sealed_json(path) if path.exists() else {}
+    return result if result.get("finished") else None
 
 
 def set_aside(folder: Path) -> Path | None:
