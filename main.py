@@ -26,17 +26,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the configs of the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    from trainer import describe, run  # after parsing: --help and its errors need no torch
     from utils.config import load_config
     from utils.errors import UserError
     from utils.progress import LOGGER
-    from utils.runtime import log_to_console
     from utils.signals import Stopped
 
-    log_to_console()
     flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
     try:
         configs = [load_config(path, options.overrides, **flags) for path in options.config]
+        from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
+        from utils.runtime import log_to_console
+
+        log_to_console()
         for config in configs:
             if options.dry_run:
                 print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:  # before training starts, when nothing has been written yet
+        return 130
     except Stopped as stop:
         LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command goes on from here.")
         return stop.exit_status

@@ -49,10 +49,10 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
         LOGGER.warning(warning)
     folders = {seed: run_folder.folder_of(config, seed) for seed in config.seed}
     for seed, folder in folders.items():
-        if overwrite and (aside := run_folder.set_aside(folder)):
-            LOGGER.info(f"--overwrite: what was in {folder} is now in {aside}")
-        run_folder.check_owner(folder, run_folder.of_seed(config, seed))
-    results = [Run(run_folder.of_seed(config, seed), seed, folder, device).finish() for seed, folder in folders.items()]
+        if not overwrite:
+            run_folder.check_owner(folder, run_folder.of_seed(config, seed))
+    results = [Run(run_folder.of_seed(config, seed), seed, folder, device).finish(overwrite)
+               for seed, folder in folders.items()]
     if len(results) > 1:
         LOGGER.info(f"All seeds:\n{seeds_table(results)}")
     return results
@@ -95,7 +95,7 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
-        num_workers=workers)
+        num_workers=workers, bad_images=config.bad_images)
     return backbone, data
 
 
@@ -112,24 +112,29 @@ class Run:
         self.task_started = self.checkpoint_written = time.monotonic()
         self.steps = 0
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, overwrite: bool = False) -> dict[str, Any]:
         """Trains what is left and returns the record; a run that has ended already is only reported.
 
         Raises utils.signals.Stopped after a signal, with everything saved.
         """
-        done = run_folder.finished_result(self.folder)
+        done = None if overwrite else run_folder.finished_result(self.folder)
         if done is not None:
             LOGGER.info(f"{self.folder} holds a finished run of this config; nothing is trained (--overwrite starts over).")
             self.result = done
             self._report()
             return done
+        self._build()  # what refuses a config comes before the folder is touched, which then is nobody's
+        if overwrite and (aside := run_folder.set_aside(self.folder)):
+            LOGGER.info(f"--overwrite: what was in {self.folder} is now in {aside}")
         with lock(self.folder), log_to_file(self.folder / "train.log"), self.signals:
             run_folder.claim(self.folder, self.config)
             self._prepare()
             try:
                 self._stream()
             except (RuntimeError, MemoryError) as error:
-                raise out_of_memory(error) or error from error
+                if sentence := out_of_memory(error):
+                    raise sentence from error
+                raise
             finally:
                 self.progress.close()
             self._report()
@@ -155,27 +160,33 @@ class Run:
 
     # ---- the run
 
-    def _prepare(self) -> None:
+    def _build(self) -> None:
         config = self.config
         backbone, self.data = build(config, self.seed, self.device)
         kind = learner_class(config)
-        steps = [epochs_of(config, t) * self.data.steps_per_epoch(t, config.batch_size) if kind.trains else 0
-                 for t in range(self.data.nb_tasks)]
-        self.progress = Progress(sum(steps))
+        self.task_steps = [epochs_of(config, t) * self.data.steps_per_epoch(t, config.batch_size) if kind.trains else 0
+                           for t in range(self.data.nb_tasks)]
+        self.progress = Progress(sum(self.task_steps))
         self.learner = kind(config, self.data, backbone, self.seed, self.progress)
+
+    def _prepare(self) -> None:
+        config, identity = self.config, self.learner.backbone.identity
         split = self.data.split_record()
         write_json(self.folder / "split.json", split)
         order = json.dumps(self.data.class_order).encode()
         self.result = {
             "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed, "versions": versions(),
-            "code": code_version(), "hardware": hardware(self.device), "backbone": asdict(backbone.identity),
+            "code": code_version(), "hardware": hardware(self.device), "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
-            "split_sha256": split["sha256"], "tasks": self.records, "metrics": {}}
+            "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
         LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
-                    f"{backbone.identity.name} on {self.device}, in {self.folder}")
+                    f"{identity.name} on {self.device}, in {self.folder}")
+        if self.data.bad_images:
+            LOGGER.warning(f"{len(self.data.bad_images)} images cannot be decoded and are left out; results.json lists them.")
         self.learner.announce()
         self._resume()
-        self.progress.skip(sum(steps[:len(self.records)]) + (self.learner.steps_done() if self.within_task else 0))
+        finished = sum(self.task_steps[:len(self.records)])
+        self.progress.skip(finished + (self.learner.steps_done() if self.within_task else 0))
 
     def _resume(self) -> None:
         state, damaged = self.checkpoints.load()

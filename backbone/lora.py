@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backbone.gated_linear import GatedQKV, Operands
 from backbone.gates import GumbelGate
-from utils.errors import UserError
+from backbone.vit import fused_qkv
 
 
 def frobenius_norm(A: Tensor, B: Tensor) -> Tensor:
@@ -23,15 +23,8 @@ def frobenius_norm(A: Tensor, B: Tensor) -> Tensor:
 
 def inject(vit: nn.Module, name: str) -> list[GatedQKV]:
     """Replaces the fused `attn.qkv` linear of every block by a `GatedQKV`; nothing is changed if one block has none."""
-    blocks = list(getattr(vit, "blocks", []))
-    linears = [getattr(getattr(block, "attn", None), "qkv", None) for block in blocks]
-    fused = [isinstance(q, nn.Linear) and q.out_features == 3 * q.in_features for q in linears]
-    split_bias = any(getattr(block.attn, "q_bias", None) is not None for block, ok in zip(blocks, fused) if ok)
-    if not blocks or not all(fused) or split_bias:
-        raise UserError(f"backbone_type: '{name}' has no fused attn.qkv linear in each of its blocks; choose a timm vision "
-                        "transformer that has, such as 'vit_base_patch16_224'.")
-    layers = [GatedQKV(linear) for linear in linears]
-    for block, layer in zip(blocks, layers, strict=True):
+    layers = [GatedQKV(linear) for linear in fused_qkv(vit, name)]
+    for block, layer in zip(vit.blocks, layers, strict=True):
         block.attn.qkv = layer
     return layers
 

@@ -391,3 +391,24 @@ def test_batches_of_small_images_are_cheap() -> None:
         epoch(data, 0, number, batch_size=64)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) / 512 < 0.5e-3
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, classes=("ant", "bee"), train_per_class=4, test_per_class=2)
+    bad = sorted(tmp_path.glob("train/*/*"))[1]
+    bad.write_bytes(bad.read_bytes()[:40])
+    dataset = load_dataset("folder", tmp_path)
+    options = {"init_cls": 2, "increment": 2, "seed": 0, "image_size": 16}
+    data = DataManager(dataset, bad_images="skip", **options)
+    assert data.bad_images == [str(bad)] and data.train_size(0) == 7
+    assert sum(len(labels) for _, labels in data.train_batches(0, 0, 4)) == 7
+    with pytest.raises(UserError, match=bad.name):
+        list(DataManager(dataset, **options).train_batches(0, 0, 4))
+
+
+def test_a_class_without_a_usable_image_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, classes=("ant", "bee"), train_per_class=2, test_per_class=1)
+    for path in sorted(tmp_path.glob("train/*/*"))[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no image of class"):
+        DataManager(load_dataset("folder", tmp_path), init_cls=2, increment=2, seed=0, image_size=16, bad_images="skip")

@@ -62,6 +62,12 @@ def test_images_of_one_character_in_one_face_differ():
     assert len({sha256(image) for image in images}) == 6 and set(labels) == {0}
 
 
+def test_without_jitter_print_is_clean():
+    images, _ = glyphs.render("Q", glyphs.TRAIN_FACES[:1], 3, 0, strength=0.0)
+    assert len({sha256(image) for image in images}) == 1
+    assert images.min() == 0 and images.max() == 255 and images[0, 0, 0].max() == 0
+
+
 def test_no_two_images_are_the_same(glyph_set):
     images = torch.cat([glyph_set[0], glyph_set[2]])
     assert len({image.numpy().tobytes() for image in images}) == len(images)

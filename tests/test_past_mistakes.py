@@ -22,14 +22,8 @@ def test_5_evaluation_sees_neither_a_pruned_adapter_nor_the_training_gate() -> N
     alpha = learner.bank.alpha[0].detach().clone()
     learner.end_task()
     assert torch.allclose(learner.bank.magnitudes()[0], beta * alpha), "magnitudes, not the mask alone"
-    learner.bank.alpha.data.copy_(torch.tensor(1.0))
-    learner.bank.alpha.data[0] = alpha * beta
     after = learner.predict(test_images(learner))[:, :2]
     assert not torch.allclose(before, after), "the kept adapter's magnitude was trained in task 1"
-    learner.bank.merge(torch.zeros(1))
-    frozen = learner.backbone(test_images(learner))
-    learner.bank.merge()
-    assert not torch.allclose(learner.backbone(test_images(learner)), frozen), "the kept adapter still contributes"
 
 
 def test_5_all_kept_adapters_are_summed() -> None:

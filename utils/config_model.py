@@ -130,6 +130,11 @@ class Config(BaseModel):
     nb_tasks: int | None = _data(
         None, "Stop after so many tasks: a short trial on the same stream.", unset="all tasks", ge=1
     )
+    bad_images: Literal["stop", "skip"] = _data(
+        "stop",
+        'Image files that cannot be decoded: `"stop"` at the first one, or `"skip"` them, for which every file is decoded '
+        "once before training; `results.json` lists them.",
+    )
     shuffle: bool = _data(
         True, "Draw the class order from the seed, as PILOT does; false keeps the data set's own order."
     )

@@ -26,6 +26,7 @@ from utils.data_source import (
     View,
     decoded_bytes,
     free_memory,
+    undecodable,
 )
 from utils.errors import UserError, unknown
 from utils.rng import generator
@@ -42,9 +43,12 @@ class DataManager:
     out as `val`. `mean_std`: channel means and standard deviations to normalise with; None leaves images in
     0..1. `placement`: "memory" keeps everything decoded, "lazy" reads files when they are needed and leaves
     tensors off the device, "auto" decides by what is free. `num_workers` processes read files.
+    `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
+    beforehand and leaves those out.
 
     class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
-    order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`.
+    order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`. bad_images: files
+    that were left out.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class DataManager:
         mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
         placement: str = "auto",
         num_workers: int = 0,
+        bad_images: str = "stop",
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
@@ -73,12 +78,27 @@ class DataManager:
         self.class_order = class_order(len(dataset.classes), seed, shuffle)[: self._bounds[-1]]
         self.class_names = [dataset.classes[label] for label in self.class_order]
         self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
-        train, val = self._hold_out(_images_by_class(dataset.train.labels, self.class_order), val_fraction)
-        test = _images_by_class(dataset.test.labels, self.class_order)
+        self.bad_images: list[str] = []
+        skip = bad_images == "skip"
+        train, val = self._hold_out(self._usable(dataset.train, skip), val_fraction)
+        test = self._usable(dataset.test, skip)
         self._members = {"train": train, "val": val, "test": test}
         self._mean_std = None
         if mean_std is not None:
             self._mean_std = [torch.tensor(part, device=self.device).view(1, -1, 1, 1) for part in mean_std]
+
+    def _usable(self, split: Split, skip_bad: bool) -> list[np.ndarray]:
+        """The split's images class by class in stream order, with `skip_bad` without those that cannot be decoded."""
+        members = _images_by_class(split.labels, self.class_order)
+        if not skip_bad or isinstance(split.images, Tensor):
+            return members
+        bad = undecodable(split.images, np.concatenate(members))
+        self.bad_images += [str(split.images[image]) for image in bad]
+        usable = [images[~np.isin(images, bad)] for images in members]
+        for images, name in zip(usable, self.class_names, strict=True):
+            if len(images) == 0:
+                raise UserError(f"data_path: no image of class '{name}' can be decoded; get the data set again.")
+        return usable
 
     def _hold_out(self, members: list[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Splits each class's training images into what is trained on and what is held out, both sorted."""

@@ -273,6 +273,21 @@ def _passed(loader: DataLoader) -> Iterator[Tensor]:
         yield batch
 
 
+def undecodable(paths: list[Path], members: np.ndarray) -> list[int]:
+    """Which of the images `members` cannot be decoded; reads every one of them."""
+    reader = PathReader([str(path) for path in paths])
+
+    def fails(image: int) -> bool:
+        try:
+            reader.read(image)
+        except UserError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [image for image, bad in zip(members.tolist(), pool.map(fails, members.tolist()), strict=True) if bad]
+
+
 def decoded_bytes(paths: list[Path], members: np.ndarray) -> int:
     """Estimated bytes of the images `members` once decoded, from the headers of a few of them."""
     if len(members) == 0:

@@ -1,6 +1,7 @@
 """The machine: device, threads, versions, memory, and where a run's log lines go."""
 
 import importlib.metadata
+import io
 import logging
 import os
 import platform
@@ -97,6 +98,8 @@ def log_to_console() -> None:
     """Sends log lines to stdout, each flushed; called once per process."""
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the check mark shows a question mark
     if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(ConsoleHandler())
 
