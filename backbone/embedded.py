@@ -1,8 +1,8 @@
 """The embedded backbone: a small vision transformer whose weights are in this repository.
 
 Importing this module adds it to timm's registry. After that it is an ordinary timm model,
-`timm.create_model(EMBEDDED, pretrained=True, num_classes=0)`, that needs no network. `pretrain_embedded.py`
-makes the weights; `weights/README.md` says what they are worth.
+`timm.create_model(EMBEDDED, pretrained=True, num_classes=0)`, that needs no network. `pretrain_embedded.py` makes the
+weights; `weights/README.md` says what they are worth.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ default_cfgs = generate_default_cfgs(
             "input_size": (3, 32, 32),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
+            "mean": (0.0, 0.0, 0.0),  # pretrained on images in 0..1 as they are
+            "std": (1.0, 1.0, 1.0),
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

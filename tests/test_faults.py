@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +35,7 @@ CONFIG = {"dataset": "digits", "init_cls": 2, "nb_tasks": 4, "backbone_type": EM
 # The same with evictions of older adapters, a moving average in the optimizer and more than one epoch.
 OTHER = {**CONFIG, "init_cls": 3, "nb_tasks": 3, "growth_rule": "topk", "growth_topk": 2, "optimizer": "adamw", "epochs": 2,
          "scheduler": "steplr", "milestones": [1], "checkpoint_steps": 4}
+CONFIGS = [CONFIG, OTHER] if LONG else [CONFIG]
 
 pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc, prlimit and named pipes")]
@@ -53,9 +55,9 @@ def write_config(folder: Path, config: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(launcher: Launcher, tmp_path_factory) -> list[tuple[dict, dict]]:
-    """(config, outcome) of runs that nobody disturbs; both prune, one refits."""
+    """(config, outcome) of runs that nobody disturbs; every one prunes and refits."""
     outcomes = []
-    for config in (CONFIG, OTHER):
+    for config in CONFIGS:
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
         assert launcher.run(write_config(folder, config), folder).end() == (0, "")
         outcomes.append((config, outcome(folder)))
@@ -93,7 +95,7 @@ def test_killed_runs_end_as_undisturbed_ones(launcher: Launcher, undisturbed: li
     draw, kills, within_saves, runs, read = random.Random(SEED), 0, 0, 0, 0
     while kills < KILLS:
         folder = tmp_path / f"run_{runs}"
-        config, expected = undisturbed[runs % 2]
+        config, expected = undisturbed[runs % len(undisturbed)]
         path, runs = write_config(folder, config), runs + 1
         with Reader(launcher, folder, tmp_path / f"reader_{runs}") as reader:
             while True:
@@ -150,7 +152,7 @@ def test_runs_on_a_full_disk_stop_and_go_on(launcher: Launcher, undisturbed: lis
         may_fill = stack.enter_context(small_disk(disk))
         while stops < FULL_DISKS:
             folder = disk / f"run_{runs}"
-            config, expected = undisturbed[runs % 2]
+            config, expected = undisturbed[runs % len(undisturbed)]
             path = tmp_path / f"{runs}.json"
             path.write_text(json.dumps({**config, "filepath": str(folder)}))
             runs += 1
@@ -158,11 +160,10 @@ def test_runs_on_a_full_disk_stop_and_go_on(launcher: Launcher, undisturbed: lis
                 while True:
                     run, filler = launcher.run(path, folder), None
                     if stops < FULL_DISKS and run.wait_for_a_random_moment(draw):
-                        if may_fill and (stops < FULL_DISKS // 2 or draw.random() < 0.5):
+                        if may_fill and stops % 2 == 0:
                             kind, filler = "full", fill(disk, leave=draw.choice([0, 0, 4096, 16384, 65536]))
                         else:
-                            limit = draw.choice([0, 100, 2000, 3000, 20_000, 60_000])
-                            kind = "limited"
+                            kind, limit = "limited", draw.choice([0, 100, 2000, 3000, 20_000, 60_000])
                             with suppress(ProcessLookupError):
                                 resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (limit, limit))
                     status, text = run.end()
@@ -189,44 +190,37 @@ def test_runs_on_a_full_disk_stop_and_go_on(launcher: Launcher, undisturbed: lis
 
 # ---- signals
 
-def test_signals_stop_a_process_in_good_order(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
-    """Three real processes at once, each with a signal of its own after a checkpoint or two."""
-    config, expected = undisturbed[0]
-    statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
-    waiting, draw, sent = {}, random.Random(SEED), {}
-    for number in statuses:
-        folder = tmp_path / number.name
-        command = [sys.executable, "main.py", "--config", str(write_config(folder, config))]
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        waiting[number] = process, folder, draw.randint(1, 8)
+def stop_a_process(folder: Path, config: dict, number: signal.Signals, checkpoint: int) -> tuple[int, float, str, str]:
+    """Sends `number` to `python main.py` once it has written so many checkpoints; status, seconds, stdout and stderr."""
+    command = [sys.executable, "main.py", "--config", str(write_config(folder, config))]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while len(sent) < len(waiting) and time.monotonic() < deadline:
-            for number, (process, folder, checkpoint) in waiting.items():
-                assert process.poll() is None, process.communicate()
-                if number not in sent and any(int(path.stem[11:]) >= checkpoint for path in folder.glob("checkpoint_*.ckpt")):
-                    process.send_signal(number)
-                    sent[number] = time.monotonic()
-                    out, err = process.communicate(timeout=30)
-                    assert time.monotonic() - sent[number] < 10
-                    assert (process.returncode, err) == (statuses[number], "")
-                    assert f"Stopped by {number.name}" in out.splitlines()[-1]
-                    waiting[number] = process, folder, 0
-                    break
-            waiting = {number: entry for number, entry in waiting.items() if number not in sent}
-            sent_all = not waiting
-            if sent_all:
-                break
+        while process.poll() is None and all(int(path.stem[11:]) < checkpoint for path in folder.glob("checkpoint_*.ckpt")):
             time.sleep(0.005)
+        sent = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, time.monotonic() - sent, out, err
     finally:
-        for process, _, _ in waiting.values():
-            process.kill()
-    assert len(sent) == len(statuses)
-    for number in statuses:
+        process.kill()
+
+
+def test_signals_stop_a_process_in_good_order(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
+    """Three real processes at once, each with a signal of its own at a moment of its own."""
+    config, expected = undisturbed[0]
+    statuses, draw = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}, random.Random(SEED)
+    with ThreadPoolExecutor(len(statuses)) as threads:
+        stops = {number: threads.submit(stop_a_process, tmp_path / number.name, config, number, draw.randint(1, 12))
+                 for number in statuses}
+    for number, stop in stops.items():
+        status, seconds, out, err = stop.result()
+        assert (status, err) == (statuses[number], "") and seconds < 10
+        assert f"Stopped by {number.name}" in out.splitlines()[-1]
         folder = tmp_path / number.name
         assert unreadable_files(folder, tmp_path / f"{number.name}.copies") == []
-        assert launcher.run(folder.parent / f"{folder.name}.json", folder).end() == (0, "")
+        assert launcher.run(tmp_path / f"{number.name}.json", folder).end() == (0, "")
         check(folder, expected)
+        print(f"{number.name}: status {status} after {seconds:.2f} s")
 
 
 def test_a_second_signal_does_no_harm(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """The data set `glyphs`: one hundred printed characters, drawn from the fonts that matplotlib carries.
 
-Nothing is downloaded and no font of the machine is used, so every machine draws the same images. Training images
-come from twelve faces and test images from four others. Each family and each style of a test face also occurs in
-training, the combination never: a classifier has to carry over what it learned about a character.
+Nothing is downloaded and no font of the machine is used: one version of matplotlib draws the same images everywhere
+(between versions single pixels may differ by a gray level). Training images come from twelve faces, test images from
+four others. Each family and each style of a test face also occurs in training, the combination never: a classifier has
+to carry over what it learned about a character.
 
 Shapes: n images, 3 channels, 32 x 32 pixels, light ink on dark paper, the three channels equal.
 """
@@ -104,17 +105,24 @@ def drawing(character: str, face: str) -> np.ndarray:
     scaled exactly; hinting would depend on the version of FreeType.
     """
     font = _font(face)
+    bearing = font.load_char(ord(character), flags=LoadFlags.NO_HINTING).horiBearingY
     font.set_text(character, 0.0, flags=LoadFlags.NO_HINTING)
     font.draw_glyphs_to_bitmap(antialiased=True)
-    ink = np.asarray(font.get_image())
-    bottom = _BASELINE + round(font.get_descent() / 64)  # FreeType counts in 64ths of a pixel
-    return _paste(ink, bottom - ink.shape[0], (_CANVAS - ink.shape[1]) // 2)
+    return _stand(np.asarray(font.get_image()), -(-bearing // 64))  # FreeType counts in 64ths of a pixel
 
 
-def _paste(ink: np.ndarray, top: int, left: int) -> np.ndarray:
-    """`ink` at (`top`, `left`) of an empty canvas; what lies outside is cut off."""
+def _stand(ink: np.ndarray, above: int) -> np.ndarray:
+    """An empty canvas with the ink on it, centred sideways, its upper edge so many rows above the baseline.
+
+    Versions of matplotlib leave different margins around the ink, hence the cut; what does not fit is cut off too.
+    """
     canvas = np.zeros((_CANVAS, _CANVAS), dtype=np.uint8)
+    ys, xs = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if not len(ys):
+        return canvas
+    ink = ink[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
     height, width = ink.shape
+    top, left = _BASELINE - above, (_CANVAS - width) // 2
     rows = slice(max(top, 0), min(top + height, _CANVAS))
     columns = slice(max(left, 0), min(left + width, _CANVAS))
     inside = ink[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
