@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub.constants
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from utils.config import Config
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 CASES, PROCESSES = (2000, 40) if LONG else (500, 4)
+OFFLINE = {**ENVIRONMENT, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
 NAME = "mutated_config.json"
 
 _DIGITS = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "backbone_type": EMBEDDED, "device": "cpu"}
@@ -49,12 +51,13 @@ class Case(NamedTuple):
     arguments: list[str]
 
 
-# No name of a real backbone: one that is not on this machine would be downloaded.
+# No name of a backbone or data set that would be downloaded.
 _TEXTS = st.text(max_size=8) | st.sampled_from([
     "", " ", "none", "auto", "cpu", "0", "cuda:7", "1e3", "[1]", "NaN", "adam", "steplr", "topk", "kd", "sdlora", "simplecil",
-    "finetune_head", "digits", "glyphs", "folder", "cub", "cifar224", "domainnet", "digit", "vit_glyph_tiny_patch8_3", "\0",
-    "a\nb", "\u2028", "\ud800", "\udc80", "é", "日本", "😀", "/", "/dev/null", "/dev/null/x", "/proc/self/mem", "/root", "..",
-    "~", "~nobody_of_that_name/x", "x" * 300, "/" + "y" * 5000, "a/" * 3000, "weights.pth", "/etc/passwd", "%s{}%d", "-1", "--"])
+    "finetune_head", "digits", "folder", "cub", "domainnet", "digit", "vit_glyph_tiny_patch8_3", "\0",
+    "a\nb", "\u2028", "\ud800", "\udc80", "é", "日本", "😀", "/", "/dev/null", "/dev/null/x", "/proc/self/mem", "/root",
+    "..", "~", "~nobody_of_that_name/x", "x" * 300, "/" + "y" * 5000, "a/" * 3000, "weights.pth", "/etc/passwd", "%s{}%d", "-1",
+    "--"])
 _NUMBERS = st.sampled_from([
     0, 1, -1, 2, 3, 5, 10, 11, 128, 129, 2**31, 2**32, 2**63, 2**64, 10**30, 0.0, -0.0, 0.1, 0.5, 1.0, 2.0, 5e-324, 1e-45,
     1e-10, 1e308, -1e-9]) | st.integers(-5, 200) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -87,8 +90,8 @@ def cases(draw: st.DrawFn) -> Case:
             values.pop(draw(st.sampled_from(sorted(values)) if values else st.just("")), None)
         elif kind == "text":
             edits.append((draw(st.integers(0, 2000)), draw(st.integers(0, 6)), draw(st.binary(max_size=3) | st.sampled_from([
-                b'"', b"}", b"{", b"//", b",", b"\n", b"NaN", b"-Infinity", b"[" * 5000, b"9" * 5000, b"\xff", b"\xef\xbb\xbf", b"",
-                b'"seed": 1,', b"\\ud800", b"\x00", b"true", b"1e999"]))))
+                b'"', b"}", b"{", b"//", b",", b"\n", b"NaN", b"-Infinity", b"[" * 5000, b"9" * 5000, b"\xff", b"\xef\xbb\xbf",
+                b"", b'"seed": 1,', b"\\ud800", b"\x00", b"true", b"1e999"]))))
         elif kind == "set":
             value = json.dumps(draw(_VALUES)) if draw(st.booleans()) else draw(_PLAIN)
             arguments.append(f"--set={draw(_KEYS | misspelt() | _PLAIN)}={value}")
@@ -118,8 +121,8 @@ def in_this_process(case: Case, folder: Path) -> tuple[int, str, str]:
 
 
 # What is said of a whole file or argument, where there is no key to name.
-_NO_KEY = re.compile(r"line \d+, column \d+: |byte \d+ is not UTF-8|the file is empty|the file holds |is not a key of the config"
-                     r"|is given twice|is set twice|nested too deeply|write it as key=value")
+_NO_KEY = re.compile(r"line \d+, column \d+: |byte \d+ is not UTF-8|the file is empty|the file holds "
+                     r"|is not a key of the config|is given twice|is set twice|nested too deeply|write it as key=value")
 _KEY = re.compile(rf"\b({'|'.join(Config.model_fields)})\b")
 
 
@@ -135,8 +138,9 @@ def check(status: int, out: str, err: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def data_once(tmp_path_factory) -> object:
-    """The data sets are read once; the working folder is one in which nothing lies."""
+    """The data sets are read once, no weights are asked of the hub, and the working folder is one in which nothing lies."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what OFFLINE says to a process at its start
         patch.setattr(trainer, "load_dataset", functools.cache(trainer.load_dataset))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
@@ -165,8 +169,8 @@ def test_mutated_configs_as_processes(drawn: list[Case]) -> None:
             path.mkdir()
             (path / NAME).write_bytes(case.content)
             command = [sys.executable, str(ROOT / "main.py"), "--config", str(path / NAME), "--dry-run", *case.arguments]
-            started.append((case, path, subprocess.Popen(command, env={**ENVIRONMENT, "PYTHONIOENCODING": "utf-8"},
-                                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)))
+            started.append((case, path, subprocess.Popen(command, env=OFFLINE, stdout=subprocess.PIPE,
+                                                         stderr=subprocess.PIPE)))
         for case, path, process in started:
             out, err = (stream.decode() for stream in process.communicate(timeout=300))
             check(process.returncode, out, err)
