@@ -74,7 +74,7 @@ class GradientLearner(BaseLearner):
         self.head = GrowingHead(self.backbone.width).to(self.device)
         self._optimizer: torch.optim.Optimizer | None = None
         self._place = Place(0, 0, 0, Meter(self.device))
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
         self._skipped = 0
 
     # ---- what a method adds
@@ -108,11 +108,10 @@ class GradientLearner(BaseLearner):
     def train(self, session: Session) -> None:
         config, task = self.config, self.task
         self._optimizer = make_optimizer(config, self.groups(), task)
-        epochs, meter = epochs_of(config, task), Meter(self.device)
         if self._resumed is not None:
-            self._optimizer.load_state_dict(self._resumed["optimizer"])
-            meter.load(self._resumed["meter"])
-        start, self._resumed = self._place, None
+            self._optimizer.load_state_dict(self._resumed)
+        start, meter, epochs = self._place, self._place.meter, epochs_of(config, task)
+        self._resumed = None
         for epoch in range(start.epoch, epochs):
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule_factor(config, task, epoch)
@@ -207,7 +206,7 @@ class GradientLearner(BaseLearner):
     def load_state(self, state: dict[str, Any]) -> None:
         self.task, self._skipped = state["task"], state["skipped"]
         self.head.restore(state["head"])
-        self._resumed = None if state["optimizer"] is None else state
+        self._resumed = state["optimizer"]
         meter = Meter(self.device)
         meter.load(state["meter"])
         self._place = Place(state["epoch"], state["batch"], state["step"], meter)

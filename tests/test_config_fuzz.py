@@ -1,7 +1,7 @@
 """Mutated configs through the command line's own entry function: a dry run, or one sentence that names what is wrong.
 
-The short form runs with the other tests and is the same each time. `GCL_LONG_FAULTS=1 pytest tests/test_config_fuzz.py`
-draws new configs: 2,000 in one process, 40 as processes of their own.
+2,000 in one process, and 4 as processes of their own, the same ones each time. `GCL_LONG_FAULTS=1 pytest
+tests/test_config_fuzz.py` draws new ones, 40 of them as processes.
 """
 
 import functools
@@ -27,7 +27,7 @@ from tests.fault_runs import ENVIRONMENT, ROOT
 from utils.config import Config
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
-CASES, PROCESSES = (2000, 40) if LONG else (500, 4)
+CASES, PROCESSES = 2000, 40 if LONG else 4
 OFFLINE = {**ENVIRONMENT, "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
 NAME = "mutated_config.json"
 
@@ -56,8 +56,8 @@ _TEXTS = st.text(max_size=8) | st.sampled_from([
     "", " ", "none", "auto", "cpu", "0", "cuda:7", "1e3", "[1]", "NaN", "adam", "steplr", "topk", "kd", "sdlora", "simplecil",
     "finetune_head", "digits", "folder", "cub", "domainnet", "digit", "vit_glyph_tiny_patch8_3", "\0",
     "a\nb", "\u2028", "\ud800", "\udc80", "é", "日本", "😀", "/", "/dev/null", "/dev/null/x", "/proc/self/mem", "/root",
-    "..", "~", "~nobody_of_that_name/x", "x" * 300, "/" + "y" * 5000, "a/" * 3000, "weights.pth", "/etc/passwd", "%s{}%d", "-1",
-    "--"])
+    "..", "~", "~nobody_of_that_name/x", "x" * 300, "/" + "y" * 5000, "a/" * 3000, "weights.pth", "/etc/passwd", "%s{}%d",
+    "-1", "--"])
 _NUMBERS = st.sampled_from([
     0, 1, -1, 2, 3, 5, 10, 11, 128, 129, 2**31, 2**32, 2**63, 2**64, 10**30, 0.0, -0.0, 0.1, 0.5, 1.0, 2.0, 5e-324, 1e-45,
     1e-10, 1e308, -1e-9]) | st.integers(-5, 200) | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

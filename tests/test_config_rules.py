@@ -98,6 +98,7 @@ def test_every_key_refuses_a_wrong_value_in_a_sentence_of_its_own():
         ({"gumbel_tau_final": 6}, ("gumbel_tau_final", "gumbel_tau_init"), "is 6.0, above"),
         ({"gumbel_tau_init": 0.1}, ("gumbel_tau_final", "gumbel_tau_init"), "of 0.1;"),
         ({"batch_size": 4, "grad_accum": 5}, ("grad_accum", "batch_size"), "is 5, above"),
+        ({"growth_rule": "val_loss", "refit_epochs": 0}, ("growth_rule", "refit_epochs"), "is 0"),
         ({"gate": "none", "alpha_scope": "layer"}, ("alpha_scope", "gate"), "one magnitude per task"),
         ({"gate": "none", "growth_rule": "topk"}, ("growth_rule", "gate"), "no gate weights"),
         ({"growth_rule": "kd"}, ("growth_rule", "gate"), "belongs to"),

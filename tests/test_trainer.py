@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import trainer
 from main import main
 from models import load_network
+from models.sdlora import SDLoRA
 from tests.learners import SMALL, learn, learner_of, small_config
 from utils.metrics import TaskCounts, count_predictions, summary
 from utils.progress import LOGGER
@@ -248,18 +249,11 @@ def test_cuda_device_without_cuda_runs_on_the_cpu_with_one_warning(tmp_path: Pat
 
 def test_a_loss_that_is_not_finite_stops_at_its_step(tmp_path: Path, capsys, monkeypatch) -> None:
     path = write_config(tmp_path)
-    from models.sdlora import SDLoRA
-    original = SDLoRA.before_step
-
-    def poison(self, step: int):
-        extra = original(self, step)
-        return extra * float("nan") if (self.task, step) == (1, 3) else extra
-
-    monkeypatch.setattr(SDLoRA, "before_step", poison)
+    poisoned(monkeypatch, {3})
     message = refused(capsys, "--config", str(path))
     assert all(word in message for word in ("task 1", "epoch 1", "step 3", "tau", "init_lr"))
     assert torch.load(tmp_path / "run" / "beta_values_task_0.pt")["kept"]
-    monkeypatch.setattr(SDLoRA, "before_step", original)
+    monkeypatch.undo()
     assert main(["--config", str(path)]) == 0
 
 
@@ -270,3 +264,47 @@ def test_unfitting_weights_are_named(tmp_path: Path, capsys) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
     message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "broken.safetensors"))))
     assert "broken.safetensors" in message
+
+
+def poisoned(monkeypatch, steps: set[int]) -> None:
+    """Makes the extra term of the loss NaN at these steps of task 1."""
+    original = SDLoRA.before_step
+
+    def before_step(self, step: int):
+        extra = original(self, step)
+        return extra * float("nan") if self.task == 1 and step in steps else extra
+
+    monkeypatch.setattr(SDLoRA, "before_step", before_step)
+
+
+def test_skipping_leaves_out_steps_that_are_not_finite(tmp_path: Path, capsys, monkeypatch) -> None:
+    poisoned(monkeypatch, {0, 3})
+    assert main(["--config", str(write_config(tmp_path, nb_tasks=2, nan_policy="skip"))]) == 0
+    out = capsys.readouterr().out
+    assert out.count("the step is skipped") == 2 and "step 0: the loss is not finite" in out
+    network = load_network(tmp_path / "run", 1)
+    assert torch.isfinite(network(torch.rand(2, 3, 32, 32))).all()
+
+
+def test_skipping_has_a_limit(tmp_path: Path, capsys, monkeypatch) -> None:
+    poisoned(monkeypatch, {0, 3})
+    message = refused(capsys, "--config", str(write_config(tmp_path, nb_tasks=2, nan_policy="skip", nan_limit=1)))
+    assert "step 3" in message and "loss" in message
+
+
+def test_out_of_memory_names_the_key_that_helps(tmp_path: Path, capsys, monkeypatch) -> None:
+    def no_room(self, step: int):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(SDLoRA, "before_step", no_room)
+    assert "grad_accum" in refused(capsys, "--config", str(write_config(tmp_path)))
+
+
+def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
+    accuracies = []
+    for precision in ("fp32", "bf16"):
+        path = write_config(tmp_path, nb_tasks=2, precision=precision, filepath=str(tmp_path / precision))
+        assert main(["--config", str(path)]) == 0
+        accuracies.append(result_of(tmp_path / precision)["metrics"]["last_accuracy"])
+        assert load_file(tmp_path / precision / "adapter_task_1.safetensors")["blocks.0.q.A"].dtype == torch.float32
+    assert abs(accuracies[0] - accuracies[1]) < 5

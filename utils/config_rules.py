@@ -162,6 +162,8 @@ def contradictions(config: BaseModel) -> Iterator[str]:
         yield _above(config, "min_lr", limit, 'a learning rate of scheduler "cosine" can only fall')
     if config.grad_accum > config.batch_size:
         yield _above(config, "grad_accum", "batch_size", "each part of a batch needs at least one image")
+    if config.growth_rule == "val_loss" and config.refit_epochs == 0:
+        yield "'growth_rule' is \"val_loss\" but 'refit_epochs' is 0; the losses are compared with the head refitted"
     if config.gumbel_tau_final > config.gumbel_tau_init:
         yield _above(config, "gumbel_tau_final", "gumbel_tau_init", "the temperature can only fall")
     yield from _without_gate(config) if config.gate == "none" else _with_gate(config)
