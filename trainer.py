@@ -27,6 +27,7 @@ from utils.report import curve_lines, final_table, seeds_table
 from utils.run_lock import lock
 from utils.runtime import (
     code_version,
+    environment,
     hardware,
     log_to_file,
     out_of_memory,
@@ -120,6 +121,7 @@ class Run:
         done = None if overwrite else run_folder.finished_result(self.folder)
         if done is not None:
             LOGGER.info(f"{self.folder} holds a finished run of this config; nothing is trained (--overwrite starts over).")
+            self.checkpoints.remove_all()  # a kill between the last record and this would have left them
             self.result = done
             self._report()
             return done
@@ -176,7 +178,8 @@ class Run:
         order = json.dumps(self.data.class_order).encode()
         self.result = {
             "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed, "versions": versions(),
-            "code": code_version(), "hardware": hardware(self.device), "backbone": asdict(identity),
+            "code": code_version(), "hardware": hardware(self.device), "environment": environment(),
+            "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
             "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
         LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "

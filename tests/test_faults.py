@@ -223,6 +223,17 @@ def test_signals_stop_a_process_in_good_order(launcher: Launcher, undisturbed: l
         print(f"{number.name}: status {status} after {seconds:.2f} s")
 
 
+def test_killed_processes_go_on_as_if_nothing_had_happened(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
+    """`python main.py` itself, not a fork, killed again and again at a later checkpoint."""
+    folder = tmp_path / "run"
+    config, expected = undisturbed[0]
+    for checkpoint in range(2, 14, 1 if LONG else 5):
+        assert stop_a_process(folder, config, signal.SIGKILL, checkpoint)[0] == -signal.SIGKILL
+        assert unreadable_files(folder, tmp_path / "copies") == []
+    assert launcher.run(tmp_path / "run.json", folder).end() == (0, "")
+    check(folder, expected)
+
+
 def test_a_second_signal_does_no_harm(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
     """Sent 0.3 s after the first, with the process held meanwhile so that it cannot have ended."""
     draw, folder, ends = random.Random(SEED), tmp_path / "run", []

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
             "platform": platform.platform()}
 
 
+def environment() -> dict[str, str]:
+    """The environment variables that can move numbers or speed, as far as they are set."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "PYTHONHASHSEED")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def code_version() -> dict[str, Any]:
     """Commit of this checkout and whether it had uncommitted changes; None where it is not a git checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -104,11 +110,26 @@ def log_to_console() -> None:
         LOGGER.addHandler(ConsoleHandler())
 
 
+class _LogFile(logging.FileHandler):
+    """A log line that cannot be written, as on a full disk, ends the run in the same way as any other file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            raise error
+        raise UserError(f"{self.baseFilename}: could not be written ({error.strerror or error}); free some space or choose "
+                        "another 'filepath', then run the same command again.") from error
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still buffered after a failed write fails again
+            super().close()
+
+
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
     """Appends log lines to `path` too, for the duration of one run only: every seed has a log of its own."""
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another 'filepath'.") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
