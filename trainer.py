@@ -24,6 +24,7 @@ from utils.metrics import TaskCounts, count_predictions, summary
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
 from utils.report import curve_lines, final_table, seeds_table
+from utils.rng import global_state, restore_global_state
 from utils.run_lock import lock
 from utils.runtime import (
     code_version,
@@ -201,6 +202,7 @@ class Run:
         self.records[:] = json.loads(state["records"])
         self.within_task, self.steps = state["within_task"], state["steps"]
         self.task_started = time.monotonic() - state["seconds"]
+        restore_global_state(state["random"])
         place = f"within task {len(self.records)}" if self.within_task else f"after task {len(self.records) - 1}"
         LOGGER.info(f"Continuing {place}, from the checkpoint in {self.folder}")
 
@@ -255,7 +257,7 @@ class Run:
     def _checkpoint(self) -> None:
         self.checkpoints.save({
             "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
-            "seconds": time.monotonic() - self.task_started, "steps": self.steps})
+            "seconds": time.monotonic() - self.task_started, "steps": self.steps, "random": global_state()})
         self.checkpoint_written = time.monotonic()
 
     def _write_results(self, finished: bool = False) -> None:

@@ -6,6 +6,8 @@ therefore cannot move the numbers that another feature sees (METHOD.md, invarian
 """
 
 import hashlib
+import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,26 @@ def stream_seed(seed: int, *keys: int | str) -> int:
 def generator(seed: int, *keys: int | str) -> torch.Generator:
     """A CPU generator of its own for the stream named by `keys`."""
     return torch.Generator().manual_seed(stream_seed(seed, *keys))
+
+
+def global_state() -> dict[str, Any]:
+    """State of the streams that Python, numpy and torch share, as a checkpoint can hold it.
+
+    Nothing here draws from them; a method that somebody adds might.
+    """
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_global_state(state: dict[str, Any]) -> None:
+    """The shared streams as they were at `global_state`; those of CUDA only where there are as many devices as then."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def uniforms(seed: int, *keys: int | str, index: np.ndarray, count: int) -> np.ndarray:
