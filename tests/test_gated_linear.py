@@ -101,3 +101,21 @@ def test_under_autocast_gradients_stay_float32_and_close() -> None:
     for full, half in zip(*results, strict=True):
         assert half.dtype == torch.float32
         assert (full - half).norm() < 0.1 * full.norm()
+
+
+def test_compiled_gradients_are_the_same() -> None:
+    """Traced by torch.compile as it is; the backend that generates code is torch's business and takes a compiler."""
+    torch.compiler.reset()
+    vit = tiny_vit()
+    bank = filled_bank(vit, 3)
+    parameters = [bank.alpha, bank.gate.logits, bank.new_A, bank.new_B]
+    compiled = torch.compile(vit, backend="aot_eager")
+    results = []
+    for network in (vit, compiled):
+        bank.train_step()
+        results.append(torch.autograd.grad(network(images()).square().sum(), parameters))
+        bank.merge()
+        with torch.no_grad():
+            results[-1] += (network(images()),)
+    for plain, traced in zip(*results, strict=True):
+        assert torch.allclose(plain, traced, rtol=1e-10, atol=1e-10)
