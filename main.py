@@ -10,8 +10,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; every value given here wins over the config file."""
     parser = argparse.ArgumentParser(
         description="Class-incremental learning with gated LoRA adapters on a frozen ViT.",
-        epilog="Examples:  python main.py --config=exps/quickstart.json    "
-               "python main.py --config exps/sdlora_c100.json --seed 1993 1994 --set nb_tasks=2")
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python main.py --config=exps/quickstart.json\n"
+               "  python main.py --config exps/sdlora_c100.json --seed 1993 1994 --set nb_tasks=2")
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="one or several JSON configs, run in turn")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="seeds instead of the config's, a run each")
     parser.add_argument("--device", nargs="+", metavar="NAME", help='"cpu", "auto", or a CUDA device such as 0')
