@@ -1,6 +1,5 @@
 """The stream of tasks: class order, splits, batches and their independence of everything but their keys."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -381,16 +380,6 @@ def test_real_formats_reach_the_network_size(tmp_path: Path) -> None:
         assert set(labels.tolist()) <= {2, 3}
         images, _ = next(iter(data.eval_batches("test", range(2), 2)))
         assert images.shape == (2, 3, 224, 224)
-
-
-def test_batches_of_small_images_are_cheap() -> None:
-    data = manager(tensor_dataset(classes=2, per_class=256, size=32), image_size=32)
-    seconds = []
-    for number in range(3):
-        start = time.perf_counter()
-        epoch(data, 0, number, batch_size=64)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) / 512 < 0.5e-3
 
 
 def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
