@@ -87,7 +87,7 @@ def learner_class(config: Config) -> type[BaseLearner]:
 
 def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, DataManager]:
     """The frozen backbone and the stream of one seed; the data are looked for first, being the usual thing to miss."""
-    dataset = load_dataset(config.dataset, config.data_path)
+    dataset = load_dataset(config.dataset, config.data_path, seed)
     backbone = create_backbone(config, seed)
     # Workers pay off beside a GPU; on the CPU they would take the cores that the network computes with.
     spare = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
@@ -97,7 +97,7 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
-        num_workers=workers, bad_images=config.bad_images)
+        num_workers=workers, bad_images=config.bad_images, task_domains=config.task_domains)
     return backbone, data
 
 

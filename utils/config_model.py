@@ -135,6 +135,14 @@ class Config(BaseModel):
         'Image files that cannot be decoded: `"stop"` at the first one, or `"skip"` them, for which every file is decoded '
         "once before training; `results.json` lists them.",
     )
+    task_domains: list[str] | None = _data(
+        None,
+        "Image domain of every task, for data sets without files (`glyphs`, `digits`): the same classes seen through another "
+        "lens, so that it is known which tasks need an adapter. `utils/domains.py` has them; `\"rotated+grating\"` is one "
+        "after the other.",
+        unset="images as they are",
+        allowed="a list of domains, one per task",
+    )
     shuffle: bool = _data(
         True, "Draw the class order from the seed, as PILOT does; false keeps the data set's own order."
     )

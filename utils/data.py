@@ -1,6 +1,6 @@
 """Data sets: where their files are, what is in them, how they are augmented.
 
-`DATASETS` maps a name in a config to a function of `data_path`. A new data set is one entry; nothing else in
+`DATASETS` maps a name in a config to a function of `data_path` and seed. A new data set is one entry; nothing else in
 the code knows a data set by name. Every loader gives labels in the natural order of the classes;
 `utils.data_manager` turns them into a stream of tasks.
 """
@@ -44,11 +44,13 @@ class Dataset:
     augmentation: Augmentation = PHOTOS
 
 
-def load_dataset(name: str, data_path: str | Path) -> Dataset:
-    """The data set `name`, its files taken from `data_path`; whatever is wrong with them is a UserError."""
+def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
+    """The data set `name`, its files taken from `data_path`; whatever is wrong with them is a UserError.
+
+    `seed` draws the images of a data set that is made rather than read (`glyphs`)."""
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    dataset = DATASETS[name](Path(data_path).expanduser())
+    dataset = DATASETS[name](Path(data_path).expanduser(), seed)
     _check(dataset)
     return dataset
 
@@ -64,39 +66,39 @@ def _check(dataset: Dataset) -> None:
             )
 
 
-def _cifar100(data_path: Path) -> Dataset:
+def _cifar100(data_path: Path, seed: int) -> Dataset:
     return _from_tensors("cifar224", read_cifar(data_path, CIFAR100), PHOTOS)
 
 
-def _cifar10(data_path: Path) -> Dataset:
+def _cifar10(data_path: Path, seed: int) -> Dataset:
     return _from_tensors("cifar10_224", read_cifar(data_path, CIFAR10), PHOTOS)
 
 
-def _digits(data_path: Path) -> Dataset:
+def _digits(data_path: Path, seed: int) -> Dataset:
     from utils.digits import load_digits  # imported when asked for: scikit-learn takes a second to load
 
     return _from_tensors("digits", load_digits(), CHARACTERS)
 
 
-def _glyphs(data_path: Path) -> Dataset:
+def _glyphs(data_path: Path, seed: int) -> Dataset:
     from utils.glyphs import load_glyphs  # imported when asked for: drawing them needs matplotlib
 
-    return _from_tensors("glyphs", load_glyphs(), CHARACTERS)
+    return _from_tensors("glyphs", load_glyphs(seed), CHARACTERS)
 
 
-def _imagenet_r(data_path: Path) -> Dataset:
+def _imagenet_r(data_path: Path, seed: int) -> Dataset:
     return _class_folders("imagenetr", data_path, ("imagenet-r",), _PILOT.format(name="imagenet-r"))
 
 
-def _imagenet_a(data_path: Path) -> Dataset:
+def _imagenet_a(data_path: Path, seed: int) -> Dataset:
     return _class_folders("imageneta", data_path, ("imagenet-a",), _PILOT.format(name="imagenet-a"))
 
 
-def _cub(data_path: Path) -> Dataset:
+def _cub(data_path: Path, seed: int) -> Dataset:
     return _class_folders("cub", data_path, ("cub",), _PILOT.format(name="cub"))
 
 
-def _domainnet(data_path: Path) -> Dataset:
+def _domainnet(data_path: Path, seed: int) -> Dataset:
     """345 classes over all domains: by list files where there are any, else by class folders."""
     for root in (data_path / "domainnet", data_path):
         lists = find_lists(root)
@@ -109,7 +111,7 @@ def _domainnet(data_path: Path) -> Dataset:
     return _class_folders("domainnet", data_path, ("domainnet",), advice)
 
 
-def _folder(data_path: Path) -> Dataset:
+def _folder(data_path: Path, seed: int) -> Dataset:
     advice = "put your images into train/<class>/ and test/<class>/ under data_path"
     return _class_folders("folder", data_path, (), advice)
 
@@ -130,7 +132,7 @@ def _from_tensors(
     return Dataset(name, Split(train_images, train_labels), Split(test_images, test_labels), classes, augmentation)
 
 
-DATASETS: dict[str, Callable[[Path], Dataset]] = {
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {
     "cifar224": _cifar100,
     "cifar10_224": _cifar10,
     "imagenetr": _imagenet_r,

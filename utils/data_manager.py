@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from utils.data_source import (
     free_memory,
     undecodable,
 )
+from utils.domains import apply_domain, check_domains
 from utils.errors import UserError, unknown
 from utils.rng import generator
 
@@ -44,7 +46,8 @@ class DataManager:
     0..1. `placement`: "memory" keeps everything decoded, "lazy" reads files when they are needed and leaves
     tensors off the device, "auto" decides by what is free. `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
-    beforehand and leaves those out.
+    beforehand and leaves those out. `task_domains`: the image domain of every task (utils/domains.py); None shows all images
+    as they are.
 
     class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
     order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`. bad_images: files
@@ -67,6 +70,7 @@ class DataManager:
         placement: str = "auto",
         num_workers: int = 0,
         bad_images: str = "stop",
+        task_domains: list[str] | None = None,
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
@@ -80,9 +84,13 @@ class DataManager:
         self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
         self.bad_images: list[str] = []
         skip = bad_images == "skip"
-        train, val = self._hold_out(self._usable(dataset.train, skip), val_fraction)
-        test = self._usable(dataset.test, skip)
+        trained, test = self._usable(dataset.train, skip), self._usable(dataset.test, skip)
+        train, val = self._hold_out(trained, val_fraction)
         self._members = {"train": train, "val": val, "test": test}
+        self.task_domains = check_domains(task_domains, self.nb_tasks)
+        if self.task_domains:
+            self.dataset = replace(dataset, train=self._in_domains("train", dataset.train, trained),
+                                   test=self._in_domains("test", dataset.test, test))
         self._mean_std = None
         if mean_std is not None:
             self._mean_std = [torch.tensor(part, device=self.device).view(1, -1, 1, 1) for part in mean_std]
@@ -118,6 +126,20 @@ class DataManager:
             val.append(np.sort(images[drawn[:count]]))
             train.append(np.sort(images[drawn[count:]]))
         return train, val
+
+    def _in_domains(self, name: str, split: Split, members: list[np.ndarray]) -> Split:
+        """The split with every task's images as the task's domain shows them."""
+        if not isinstance(split.images, Tensor):
+            raise UserError(
+                f"task_domains: data set '{self.dataset.name}' is read from image files; domains are for data sets that "
+                f"are held as tensors, such as glyphs."
+            )
+        images = split.images.clone()
+        for task, domain in enumerate(self.task_domains):
+            index = np.concatenate([members[label] for label in self.task_classes(task)])
+            picks = torch.from_numpy(index)
+            images[picks] = apply_domain(domain, images[picks], index, self.seed, name)
+        return Split(images, split.labels)
 
     def task_classes(self, task: int) -> range:
         """Stream labels of the classes that arrive with `task`."""
@@ -218,6 +240,7 @@ class DataManager:
             "shuffle": self.shuffle,
             "class_order": self.class_order,
             "class_names": self.class_names,
+            **({"task_domains": self.task_domains} if self.task_domains else {}),
             "images": {"train": _split_sum(self.dataset.train), "test": _split_sum(self.dataset.test)},
             "tasks": tasks,
         }
