@@ -46,4 +46,4 @@ class CosineHead(GrowingHead):
 
     def restore(self, state: dict) -> None:
         super().restore(state)
-        self.scale = nn.Parameter(self.scale, requires_grad=len(self.weight) == 0)
+        self.scale.requires_grad_(len(self.weight) == 0)

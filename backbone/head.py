@@ -95,7 +95,7 @@ class GrowingHead(nn.Module):
         """The head as it was at `snapshot`."""
         for name in self._ROWS:
             value = None if state[name] is None else state[name].to(self.weight, copy=True)
-            setattr(self, name, nn.Parameter(value) if value is not None and name.startswith("new_") else value)
+            setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
         for name in self.STATISTICS:
             setattr(self, name, state[name].to(self.weight.device))
 

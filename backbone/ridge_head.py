@@ -16,7 +16,7 @@ from utils.progress import LOGGER
 from utils.rng import generator
 
 HELD_OUT = 5  # every fifth image of a task is left out of the fit by which "auto" chooses
-CANDIDATES = [10.0**exponent for exponent in range(-5, 1)]
+CANDIDATES = [10.0**-exponent for exponent in range(6)]  # of equally good ones the first, the strongest
 
 
 class RidgeHead(GrowingHead):
