@@ -68,7 +68,8 @@ def describe(config: Config) -> dict[str, Any]:
         run_folder.check_owner(run_folder.folder_of(config, seed), run_folder.of_seed(config, seed))
     backbone, data = build(config, config.seed[0], device)
     frozen = backbone.identity.parameters
-    learner = learner_class(config)(config, data, backbone, config.seed[0], Progress(0, terminal=False))
+    kind = learner_class(config)
+    learner = kind(config, kind.stream(data), backbone, config.seed[0], Progress(0, terminal=False))
     learner.begin_task(0)
     record = data.split_record()
     return {"config": config.model_dump(mode="json"), "warnings": [*config_warnings(config), *warnings], "device": str(device),
@@ -167,10 +168,11 @@ class Run:
         config = self.config
         backbone, self.data = build(config, self.seed, self.device)
         kind = learner_class(config)
-        self.task_steps = [epochs_of(config, t) * self.data.steps_per_epoch(t, config.batch_size) if kind.trains else 0
-                           for t in range(self.data.nb_tasks)]
+        self.stream = kind.stream(self.data)
+        self.task_steps = [epochs_of(config, t) * self.stream.steps_per_epoch(t, config.batch_size) if kind.trains else 0
+                           for t in range(self.stream.nb_tasks)]
         self.progress = Progress(sum(self.task_steps))
-        self.learner = kind(config, self.data, backbone, self.seed, self.progress)
+        self.learner = kind(config, self.stream, backbone, self.seed, self.progress)
 
     def _prepare(self) -> None:
         config, identity = self.config, self.learner.backbone.identity
@@ -207,7 +209,7 @@ class Run:
         LOGGER.info(f"Continuing {place}, from the checkpoint in {self.folder}")
 
     def _stream(self) -> None:
-        for task in range(len(self.records), self.data.nb_tasks):
+        for task in range(len(self.records), self.stream.nb_tasks):
             reset_peak_memory(self.device)
             if not self.within_task:
                 self.task_started = time.monotonic()
@@ -222,7 +224,7 @@ class Run:
             stored = self.learner.stored_tensors()
             saved = self.learner.save(self.folder)
             self.records.append({
-                "task": task, "classes": self.data.task_sizes[task], "seen_classes": self.data.seen_classes(task),
+                "task": task, "classes": self.stream.task_sizes[task], "seen_classes": self.stream.seen_classes(task),
                 **asdict(report), "trainable_parameters": trainable,
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
@@ -240,10 +242,12 @@ class Run:
         self.checkpoints.remove_all()
 
     def _counts(self) -> TaskCounts:
-        task, counts = self.learner.task, TaskCounts.zeros(self.learner.task + 1)
+        seen = range(self.stream.seen_classes(self.learner.task))
+        tasks = int(self.data.task_of_class[seen[-1]]) + 1
+        counts = TaskCounts.zeros(tasks)
         self.learner.start_evaluation()
-        for images, labels in self.data.eval_batches("test", range(self.data.seen_classes(task)), self.config.batch_size):
-            counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, task + 1)
+        for images, labels in self.data.eval_batches("test", seen, self.config.batch_size):
+            counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, tasks)
             self._stop_on_signal()
         return counts
 

@@ -1,10 +1,19 @@
-"""The linear classifier that grows by the rows of each task's classes."""
+"""The linear classifier that grows by the rows of each task's classes, and what every other head shares with it.
+
+Shapes: d width of the features, b batch, c classes of the current task, classes: of all tasks so far.
+"""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.config import Config
+
+Features = Iterable[tuple[Tensor, Tensor]]  # batches of features [b, d] and labels int64 [b], 0 for the task's first class
 
 
 class GrowingHead(nn.Module):
@@ -12,15 +21,26 @@ class GrowingHead(nn.Module):
 
     weight `[classes, d]`, bias `[classes]`: rows of all finished tasks, in the order of the stream. new_weight, new_bias:
     the current task's rows, None between tasks.
+
+    A task goes: `grow`, training through `current_logits`, `commit`, then `collect` over the task's training images in the
+    network as it will be evaluated, and `absorb` of what was collected. The last two do nothing for a linear head; a head
+    that keeps statistics keeps them in the buffers named in `STATISTICS`. They are those of the network at the end of
+    their task: later tasks move the features, and the statistics do not follow.
     """
 
-    def __init__(self, width: int) -> None:
+    kind = "linear"
+    STATISTICS: tuple[str, ...] = ()
+    _ROWS = ("weight", "bias", "new_weight", "new_bias")
+
+    def __init__(self, width: int, config: Config, seed: int) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.config, self.seed = width, config, seed
         self.register_buffer("weight", torch.zeros(0, width))
         self.register_buffer("bias", torch.zeros(0))
         self.new_weight: nn.Parameter | None = None
         self.new_bias: nn.Parameter | None = None
+
+    # ---- life of a task
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
         """New trainable rows for `classes` classes, initialised as nn.Linear's (uniform, `1 / sqrt(d)`)."""
@@ -29,29 +49,30 @@ class GrowingHead(nn.Module):
         self.new_weight = nn.Parameter(rows[:, :-1].contiguous().to(self.weight))
         self.new_bias = nn.Parameter(rows[:, -1].contiguous().to(self.bias))
 
+    def trainable(self) -> list[nn.Parameter]:
+        """What the current task trains of the head."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     @torch.no_grad()
     def commit(self) -> None:
         """The current rows join the fixed ones."""
         self.weight, self.bias = self.rows()
         self.new_weight = self.new_bias = None
 
+    def collect(self, features: Features, classes: int) -> list[Tensor]:
+        """Sums over the images of the task, of `classes` classes; those of several processes may be added up."""
+        return []
+
+    def absorb(self, sums: list[Tensor], task: int) -> None:
+        """Takes the sums that `collect` returned into the statistics, and makes the head that predicts from them."""
+
+    # ---- logits
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Weight `[classes, d]` and bias `[classes]` of every class so far, detached."""
         if self.new_weight is None:
             return self.weight, self.bias
         return (torch.cat([self.weight, self.new_weight.detach()]), torch.cat([self.bias, self.new_bias.detach()]))
-
-    def snapshot(self) -> dict[str, Tensor | None]:
-        """Every row, as detached copies; `restore` takes it back."""
-        tensors = {name: getattr(self, name) for name in ("weight", "bias", "new_weight", "new_bias")}
-        return {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def restore(self, state: dict[str, Tensor | None]) -> None:
-        """The head as it was at `snapshot`."""
-        tensors = {name: None if value is None else value.to(self.weight, copy=True) for name, value in state.items()}
-        self.weight, self.bias = tensors["weight"], tensors["bias"]
-        for name in ("new_weight", "new_bias"):
-            setattr(self, name, None if tensors[name] is None else nn.Parameter(tensors[name]))
 
     def current_logits(self, features: Tensor) -> Tensor:
         """Logits `[b, c]` of the current task's classes alone: old rows get no gradient."""
@@ -61,3 +82,28 @@ class GrowingHead(nn.Module):
         """Logits `[b, classes]` of every class seen so far, for features `[b, d]`."""
         weight, bias = self.rows()
         return F.linear(features, weight.to(features.dtype), bias.to(features.dtype))
+
+    # ---- what is stored
+
+    def snapshot(self) -> dict[str, Any]:
+        """Rows as detached copies, statistics as they are (they are replaced, never written to); `restore` takes it back."""
+        rows = {name: getattr(self, name) for name in self._ROWS}
+        return {name: None if tensor is None else tensor.detach().clone() for name, tensor in rows.items()} | {
+            name: getattr(self, name) for name in self.STATISTICS}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The head as it was at `snapshot`."""
+        for name in self._ROWS:
+            value = None if state[name] is None else state[name].to(self.weight, copy=True)
+            setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
+        for name in self.STATISTICS:
+            setattr(self, name, state[name].to(self.weight.device))
+
+    def to_file(self) -> dict[str, Tensor]:
+        """The tensors of `head_task_<t>.safetensors`: all that it takes to predict."""
+        weight, bias = self.rows()
+        return {"weight": weight.float(), "bias": bias.float()}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> None:
+        """The head that predicts as the one did whose `to_file` gave `tensors`."""
+        self.weight, self.bias = tensors["weight"], tensors["bias"]

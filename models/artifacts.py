@@ -1,15 +1,17 @@
 """What a run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backbone import create_backbone
+from backbone import FrozenViT, create_backbone
 from backbone.gates import GATES
+from backbone.heads import HEADS
 from backbone.lora import AdapterBank, inject
 from utils.config import Config
 from utils.errors import UserError
@@ -56,11 +58,18 @@ def save_task(folder: Path, learner: "SDLoRA") -> list[Path]:
     return written
 
 
-def save_head(folder: Path, head: nn.Module, task: int) -> Path:
-    """Writes `head_task_<task>.safetensors`: the rows of every class seen so far."""
+class Head(Protocol):
+    """What `save_head` wants of a head: a name in `HEADS`, and the tensors from which that head predicts."""
+
+    kind: str
+
+    def to_file(self) -> dict[str, Tensor]: ...
+
+
+def save_head(folder: Path, head: Head, task: int) -> Path:
+    """Writes `head_task_<task>.safetensors`: what predicts every class seen so far."""
     path = folder / f"head_task_{task}.safetensors"
-    weight, bias = head.rows()
-    write_safetensors(path, {"weight": weight.float(), "bias": bias.float()}, {"task": str(task)})
+    write_safetensors(path, head.to_file(), {"task": str(task), "head": head.kind})
     return path
 
 
@@ -68,15 +77,13 @@ class SavedNetwork(nn.Module):
     """The network of one task of a finished run: images `[b, 3, S, S]` in 0..1 (normalised if the run's config says so) to
     logits `[b, classes seen]` in the order of the stream."""
 
-    def __init__(self, backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.backbone, self.head = backbone, head
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.backbone(images), self.weight, self.bias)
+        return self.head(self.backbone(images))
 
 
 def load_network(folder: str | Path, task: int) -> SavedNetwork:
@@ -98,19 +105,29 @@ def load_network(folder: str | Path, task: int) -> SavedNetwork:
         return path
 
     config = Config.model_validate(result["config"])
-    head = load_file(whole(f"head_task_{task}.safetensors"))
-    record = torch.load(whole(f"beta_values_task_{task}.pt"))
+    head_file = whole(f"head_task_{task}.safetensors")
+    gate_file = f"beta_values_task_{task}.pt"  # methods without adapters write none
+    record = torch.load(whole(gate_file)) if gate_file in written else None
     backbone = create_backbone(config)
     if backbone.identity.sha256 != result["backbone"]["sha256"]:
         raise UserError(f"{folder}: the backbone that was loaded has other weights than '{config.backbone_type}' had in the "
                         "run; put the run's weights where they were.")
+    if record is not None:
+        _merge_adapters(backbone, config, record, whole)
+    with safe_open(head_file, framework="pt") as file:
+        head = HEADS[(file.metadata() or {}).get("head", "linear")](backbone.width, config, result["seed"])
+        head.from_file({name: file.get_tensor(name) for name in file.keys()})
+    return SavedNetwork(backbone, head)
+
+
+def _merge_adapters(backbone: FrozenViT, config: Config, record: dict[str, Any], whole: Callable[[str], Path]) -> None:
+    """Merges the adapters that the gate file `record` says are in force into the frozen weights; `whole` finds files."""
     bank = AdapterBank(inject(backbone.vit, config.backbone_type), GATES[config.gate](), "layer")
-    tasks = [t for t in range(task + 1) if record["pruning_mask"][t]]
+    tasks = [t for t in range(record["task_id"] + 1) if record["pruning_mask"][t]]
     for t in tasks:
         bank.store(t, load_file(whole(f"adapter_task_{t}.safetensors")), record["alphas"][t])
     bank.gate.scale = record["gate_scale"]
     bank.merge(record["beta_after"][tasks])
-    return SavedNetwork(backbone, head["weight"], head["bias"])
 
 
 def _existing(path: Path) -> Path:

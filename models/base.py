@@ -59,6 +59,11 @@ class BaseLearner(ABC):
         self._features = torch.compile(self.backbone) if config.compile else self.backbone
 
     @classmethod
+    def stream(cls, data: DataManager) -> DataManager:
+        """The stream as the method meets it."""
+        return data
+
+    @classmethod
     def check(cls, config: Config) -> None:
         """Raises UserError for a config key that does nothing for this method."""
         refuse_inactive(config, config.model_name, cls.inactive)

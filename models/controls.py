@@ -1,4 +1,4 @@
-"""Controls on the frozen backbone: a linear head, and the nearest class mean."""
+"""Controls on the frozen backbone: a head trained on it, and the nearest class mean."""
 
 from pathlib import Path
 from typing import Any
@@ -7,28 +7,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbone.cosine_head import CosineHead
 from models.artifacts import save_head
 from models.base import BaseLearner, Session, TaskReport
 from models.training import GradientLearner, learning_rate
 from utils.errors import UserError
 
-ADAPTER_KEYS = frozenset({
-    "rank", "rank_schedule", "alpha_scope", "init_alpha", "alpha_lr", "gate_lr", "gate", "gate_compensation", "gate_noise",
-    "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate", "lambda_sparsity", "growth_rule", "growth_threshold",
-    "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs"})
+GATE_KEYS = frozenset({
+    "gate_lr", "gate", "gate_compensation", "gate_noise", "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate",
+    "lambda_sparsity"})
+GROWTH_KEYS = frozenset({
+    "growth_rule", "growth_threshold", "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs"})
+ADAPTER_KEYS = GATE_KEYS | GROWTH_KEYS | {"rank", "rank_schedule", "alpha_scope", "init_alpha", "alpha_lr"}
+HEAD_KEYS = frozenset({"head", "cosine_scale", "align_epochs", "align_samples", "align_lr", "ridge_dim", "ridge_lambda"})
 TRAINING_KEYS = frozenset({
     "init_epoch", "epochs", "init_lr", "lrate", "optimizer", "momentum", "weight_decay", "init_weight_decay", "scheduler",
     "min_lr", "tuned_epoch", "milestones", "lrate_decay", "init_milestones", "init_lr_decay", "eval_every", "grad_accum",
-    "head"})
+    *HEAD_KEYS})
 
 
 class FinetuneHead(GradientLearner):
-    """The frozen backbone with the linear head alone, trained as SD-LoRA trains its head: what adapters must beat."""
+    """The frozen backbone with the head alone, trained as SD-LoRA trains its head: what adapters must beat."""
 
     inactive = ADAPTER_KEYS
 
     def groups(self) -> list[dict]:
-        return [{"params": [self.head.new_weight, self.head.new_bias], "lr": learning_rate(self.config, self.task)}]
+        return [{"params": self.head.trainable(), "lr": learning_rate(self.config, self.task)}]
 
     def save(self, folder: Path) -> list[Path]:
         return [save_head(folder, self.head, self.task)]
@@ -39,6 +43,7 @@ class SimpleCIL(BaseLearner):
 
     inactive = ADAPTER_KEYS | TRAINING_KEYS
     trains = False
+    kind = CosineHead.kind  # its file is that of a cosine head
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -67,14 +72,14 @@ class SimpleCIL(BaseLearner):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        return F.normalize(self.embed(images), dim=1) @ self.prototypes.weight.T
+        return F.linear(F.normalize(self.embed(images), dim=1), self.prototypes.weight)
 
     def save(self, folder: Path) -> list[Path]:
         return [save_head(folder, self, self.task)]
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The class means as a head: weight `[classes, d]` and a bias of zeros."""
-        return self.prototypes.weight, self.prototypes.weight.new_zeros(len(self.prototypes.weight))
+    def to_file(self) -> dict[str, Tensor]:
+        """The class means as a cosine head: weight `[classes, d]` and a bias of zeros."""
+        return {"weight": self.prototypes.weight, "bias": self.prototypes.weight.new_zeros(len(self.prototypes.weight))}
 
     def modules(self) -> list[nn.Module]:
         return [self.prototypes]

@@ -69,7 +69,7 @@ class SDLoRA(GradientLearner):
 
     def groups(self) -> list[dict]:
         config, bank, base = self.config, self.bank, learning_rate(self.config, self.task)
-        factors = [bank.new_A, bank.new_B, self.head.new_weight, self.head.new_bias]
+        factors = [bank.new_A, bank.new_B, *self.head.trainable()]
         groups = [{"params": factors}, {"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0}]
         if self.gate.gated:
             groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
@@ -134,7 +134,6 @@ class SDLoRA(GradientLearner):
         if kept:
             bank.commit()
         super().end_task()
-        bank.merge()
         for line in growth_lines(task, self.decision_beta.tolist(), rule=config.growth_rule, kept=kept, evicted=evicted,
                                  active=len(bank.tasks), total=task + 1, limit=decision.limit, value=decision.value):
             LOGGER.info(line)

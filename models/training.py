@@ -2,13 +2,14 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.head import GrowingHead
+from backbone.heads import HEADS
 from models.base import BaseLearner, Session, TaskReport
 from models.meter import Meter
 from utils.config import Config
@@ -65,13 +66,13 @@ class Place(NamedTuple):
 
 
 class GradientLearner(BaseLearner):
-    """A frozen backbone with a growing linear head, trained with cross-entropy over the current task's classes."""
+    """A frozen backbone with a growing head, trained with cross-entropy over the current task's classes."""
 
     inactive = frozenset()
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.head = GrowingHead(self.backbone.width).to(self.device)
+        self.head = HEADS[self.config.head](self.backbone.width, self.config, self.seed).to(self.device)
         self._optimizer: torch.optim.Optimizer | None = None
         self._place = Place(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
@@ -173,7 +174,7 @@ class GradientLearner(BaseLearner):
 
     def refit_head(self, epochs: int) -> None:
         """Fits the current task's head rows to the network as it now is, everything else fixed."""
-        optimizer = make_optimizer(self.config, [{"params": [self.head.new_weight, self.head.new_bias]}], self.task)
+        optimizer = make_optimizer(self.config, [{"params": self.head.trainable()}], self.task)
         start = self.data.task_classes(self.task).start
         self.start_evaluation()
         for epoch in range(epochs):
@@ -191,7 +192,16 @@ class GradientLearner(BaseLearner):
     def end_task(self) -> TaskReport:
         self._optimizer = None
         self.head.commit()
+        self.start_evaluation()  # statistics are taken of the network as it is evaluated
+        self.head.absorb(self.head.collect(self._task_features(), len(self.data.task_classes(self.task))), self.task)
         return TaskReport()
+
+    @torch.no_grad()
+    def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the task's training images under the test transform: features `[b, d]`, labels from 0."""
+        classes = self.data.task_classes(self.task)
+        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size):
+            yield self.embed(images), labels - classes.start
 
     def modules(self) -> list[nn.Module]:
         return [self.head]

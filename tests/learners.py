@@ -23,7 +23,8 @@ def small_config(folder: Path | str = "./unused/", **changes: Any) -> Config:
 def learner_of(config: Config) -> BaseLearner:
     """The config's learner on its data, before the first task."""
     backbone, data = build(config, config.seed[0], torch.device("cpu"))
-    return LEARNERS[config.model_name](config, data, backbone, config.seed[0], Progress(1, terminal=False))
+    kind = LEARNERS[config.model_name]
+    return kind(config, kind.stream(data), backbone, config.seed[0], Progress(1, terminal=False))
 
 
 class Alone:

@@ -158,7 +158,7 @@ def test_only_what_the_trainer_resolves_stays_null():
             "rank_schedule",
             "alpha_lr",
             "gate_lr",
-            "tuned_epoch", "checkpoint_steps",
+            "tuned_epoch", "checkpoint_steps", "ridge_dim",
             "num_workers",
         )
     }

@@ -42,7 +42,7 @@ def refusal(values: dict) -> str:
         ("val_fraction", 0.6, "is 0.6; it must be a number above 0 and at most 0.5."),
         ("gate", "Gumbel_Sparsemax", "Did you mean 'gumbel_sparsemax'?"),
         ("gate", 3, 'is 3; it must be one of "gumbel_sparsemax", "sparsemax", "gumbel_softmax", "none".'),
-        ("head", "cosine", 'is "cosine"; it must be "linear".'),
+        ("head", "nearest", 'is "nearest"; it must be one of "linear", "cosine", "aligned", "ridge".'),
         ("gumbel_anneal_rate", 1.2, 'is 1.2; it must be a number above 0 and at most 1, or "auto".'),
         ("gumbel_anneal_rate", "0.99", 'is the text "0.99"; write the number 0.99.'),
         ("gumbel_anneal_rate", "fast", 'is "fast"; it must be a number above 0 and at most 1, or "auto".'),

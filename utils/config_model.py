@@ -32,6 +32,7 @@ GROUPS = {
     "backbone": "Backbone",
     "adapters": "Adapters",
     "optimisation": "Optimisation",
+    "head": "Head",
     "gate": "Gate",
     "growth": "Growth",
     "speed": "Speed",
@@ -47,7 +48,7 @@ def _key(
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
-_run, _data, _backbone, _adapters, _optim, _gate, _growth, _speed, _compat = (
+_run, _data, _backbone, _adapters, _optim, _head, _gate, _growth, _speed, _compat = (
     partial(_key, group) for group in GROUPS
 )
 
@@ -239,8 +240,27 @@ class Config(BaseModel):
     init_lr_decay: float | None = _optim(
         None, "The `lrate_decay` of the first task.", unset="`lrate_decay`", ge=0, le=1
     )
-    head: Literal["linear"] = _optim(
-        "linear", "The classifier: a linear layer that grows by the classes of every task."
+
+    head: Literal["linear", "cosine", "aligned", "ridge"] = _head(
+        "linear",
+        'The classifier: `"linear"` (as SD-LoRA), `"cosine"` (angles only), `"aligned"` (linear, trained again after each '
+        'task on samples from stored class means and covariances, as SLCA), `"ridge"` (closed-form ridge on a random '
+        "projection, as RanPAC). All of them train the adapters through the rows of the task's classes.",
+    )
+    cosine_scale: float = _head(
+        8.0, 'Factor on the cosines of `"cosine"` at the start; trained with the first task, then fixed.', gt=0
+    )
+    align_epochs: int = _head(5, 'Epochs in which `"aligned"` trains the whole head after each task.', ge=1)
+    align_samples: int = _head(256, 'Features that `"aligned"` draws per class and epoch.', ge=1)
+    align_lr: float = _head(0.01, 'Learning rate with which `"aligned"` starts; it falls along a cosine.', gt=0)
+    ridge_dim: int | None = _head(
+        None, 'Random features of `"ridge"`; memory grows with its square.', unset="8 times the width of the backbone", ge=1
+    )
+    ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto"] = _head(
+        "auto",
+        'Penalty of `"ridge"` relative to the mean square of a random feature; `"auto"` takes the one with the smallest '
+        "error on every fifth image of the task, fitted on the others.",
+        allowed='a number above 0, or "auto"',
     )
 
     gate: Literal["gumbel_sparsemax", "sparsemax", "gumbel_softmax", "none"] = _gate(

@@ -247,6 +247,21 @@ class DataManager:
         return {**record, "sha256": hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
 
 
+class JoinedStream(DataManager):
+    """The classes of another stream, with their images and in their order, as a single task."""
+
+    def __init__(self, stream: DataManager) -> None:
+        self.__dict__.update(stream.__dict__)
+        self._stream = stream
+        self.task_sizes, self.nb_tasks = [sum(stream.task_sizes)], 1
+        self._bounds = [0, *self.task_sizes]
+        self.task_of_class = np.zeros(self.task_sizes[0], dtype=np.int64)
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        return self._stream._sources  # not read into memory a second time
+
+
 def class_order(classes: int, seed: int, shuffle: bool) -> list[int]:
     """Natural labels in the order of the stream, as PILOT draws it: `RandomState(seed).permutation(classes)`."""
     if not shuffle:

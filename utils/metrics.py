@@ -84,13 +84,14 @@ def accuracy_matrix(counts: Sequence[TaskCounts], field: str = "top1") -> Matrix
     """`R`, `[T][T]` in percent: row `t` after task `t`, column `k` for task `k`; None where `k > t`.
 
     `field` is a name of `TaskCounts`: `"within"` gives the matrix with the task told. A task without test
-    images has None in its whole column and is left out of every mean.
+    images has None in its whole column and is left out of every mean. A stream that was learned at once
+    has a single row, over all its tasks.
     """
     for task, entry in enumerate(counts):
-        if len(entry.images) != task + 1:
+        if len(entry.images) != task + 1 and len(counts) > 1:
             raise ValueError(f"the counts after task {task} cover {len(entry.images)} tasks, not {task + 1}")
     return [[_percent(part, whole) for part, whole in zip(getattr(entry, field), entry.images, strict=True)]
-            + [None] * (len(counts) - task - 1) for task, entry in enumerate(counts)]
+            + [None] * (len(counts[-1].images) - len(entry.images)) for entry in counts]
 
 
 def curve(counts: Sequence[TaskCounts], field: str) -> list[float | None]:
@@ -137,22 +138,29 @@ def last_accuracy(counts: Sequence[TaskCounts]) -> float | None:
 
 
 def average_accuracy(counts: Sequence[TaskCounts]) -> float | None:
-    """Mean of `top1_curve` over the tasks (average incremental accuracy, Rebuffi et al., 2017)."""
-    return _mean(top1_curve(counts))
+    """Mean of `top1_curve` over the tasks (average incremental accuracy, Rebuffi et al., 2017).
+
+    None for a stream that was learned at once: there was no accuracy after its earlier tasks.
+    """
+    return None if len(counts[-1].images) > len(counts) else _mean(top1_curve(counts))
 
 
 def accuracy_when_learned(matrix: Matrix) -> list[float | None]:
-    """`R[k][k]`: accuracy in percent on each task right after it was learned, all classes seen competing."""
-    return [row[task] for task, row in enumerate(matrix)]
+    """`R[k][k]`: accuracy in percent on each task right after it was learned, all classes seen competing.
+
+    One None for a stream that was learned at once.
+    """
+    return [None if _rows_missing(matrix) else row[task] for task, row in enumerate(matrix)]
 
 
 def forgetting(matrix: Matrix) -> float | None:
     """Mean over `k < T-1` of `max over t in k..T-2 of R[t][k]`, minus `R[T-1][k]` (Chaudhry et al., 2018).
 
-    In points of accuracy; negative when old tasks end better than they ever were. 0.0 with a single task.
+    In points of accuracy; negative when old tasks end better than they ever were. 0.0 with a single task,
+    None for a stream that was learned at once.
     """
     if len(matrix) < 2:
-        return 0.0
+        return None if _rows_missing(matrix) else 0.0
     return _mean([None if last is None else max(row[task] for row in matrix[task:-1]) - last
                   for task, last in enumerate(matrix[-1][:-1])])
 
@@ -160,10 +168,11 @@ def forgetting(matrix: Matrix) -> float | None:
 def backward_transfer(matrix: Matrix) -> float | None:
     """Mean over `k < T-1` of `R[T-1][k] - R[k][k]` (Lopez-Paz & Ranzato, 2017), in points.
 
-    Negative when learning later tasks cost accuracy on earlier ones. 0.0 with a single task.
+    Negative when learning later tasks cost accuracy on earlier ones. 0.0 with a single task, None for a stream that was
+    learned at once.
     """
     if len(matrix) < 2:
-        return 0.0
+        return None if _rows_missing(matrix) else 0.0
     return _mean([None if last is None else last - matrix[task][task]
                   for task, last in enumerate(matrix[-1][:-1])])
 
@@ -192,6 +201,11 @@ def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (divisor `n - 1`), the latter None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _rows_missing(matrix: Matrix) -> bool:
+    """Whether the stream was learned at once, so that there is one row for several tasks."""
+    return len(matrix) < len(matrix[0])
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -51,8 +51,10 @@ def accuracy_figure(result: Mapping[str, Any]) -> Figure:
     steps = [entry["task"] for entry in tasks]
     figure, axes = _canvas("Accuracy after each task", result)
     marker = "o" if len(steps) <= 40 else ""
-    axes.plot(steps, _floats(metrics["accuracy_when_learned"]), color=ORANGE, linestyle="--",
-              marker="s" if marker else "", markersize=5, label="newest task")
+    newest = metrics["accuracy_when_learned"]
+    if any(value is not None for value in newest):  # a stream that was learned at once has no newest task
+        axes.plot(steps, _floats(newest), color=ORANGE, linestyle="--", marker="s" if marker else "", markersize=5,
+                  label="newest task")
     axes.plot(steps, _floats(metrics["top1_curve"]), color=BLUE, linewidth=2, marker=marker,
               label="all classes seen")
     axes.plot(steps, [100 / entry["seen_classes"] for entry in tasks], color=GRAY, linestyle=":",

@@ -66,13 +66,14 @@ def final_table(result: Mapping[str, Any]) -> str:
     adapters in use, stored parameters, seconds.
     """
     tasks, metrics = result["tasks"], result["metrics"]
-    compact = len(tasks) > TASKS_SHOWN
-    names = ["new task", "old mean", "old min"] if compact else [f"T{entry['task']}" for entry in tasks]
+    columns = len(metrics["accuracy_matrix"][0])  # more than there are rows if the stream was learned at once
+    compact = columns > TASKS_SHOWN
+    names = ["new task", "old mean", "old min"] if compact else [f"T{task}" for task in range(columns)]
     header = ["task", "seen", *names, "average", "gate", "adapter", "adapters", "stored params", "seconds"]
     rows = []
     matrix, curve = metrics["accuracy_matrix"], metrics["top1_curve"]
     for entry, accuracies, average in zip(tasks, matrix, curve, strict=True):
-        cells = _summed_up(accuracies, entry["task"]) if compact else accuracies
+        cells = _summed_up(accuracies, entry["task"] + columns - len(tasks)) if compact else accuracies
         rows.append([str(entry["task"]), str(entry["seen_classes"]),
                      *(_number(cell, 1, missing="-" if compact else "") for cell in cells),
                      _number(average, 2), _number(entry["beta"], 4), _fate(entry),
