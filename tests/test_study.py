@@ -332,16 +332,21 @@ def test_two_studies_on_one_folder(tmp_path: Path, stand_in: Path, capsys) -> No
     assert str(tmp_path / "runs") in err and f"process {os.getpid()} " in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status, overwrite", [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--overwrite"])])
 def test_a_signal_has_the_runs_save_and_the_same_command_goes_on(
-        number: signal.Signals, status: int, tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
+        number: signal.Signals, status: int, overwrite: list[str], tmp_path: Path, stand_in: Path, lines: list[str],
+        capsys) -> None:
     path = write_study(tmp_path, {"prefix": "hang"}, seed=[1, 2, 3], jobs=2)
     runs = load_study(path).runs()
     signal_when(lambda: all((run.folder / "trace").exists() for run in runs[:2]), number)
-    assert command.main(["--config", str(path)]) == status
+    assert command.main(["--config", str(path), *overwrite]) == status
     assert all((run.folder / "saved").exists() and not alive(trace(run)["pid"]) for run in runs[:2])
-    assert not runs[2].folder.exists() and lines[-1].endswith("the same command goes on from here.")
+    without = "without --overwrite " if overwrite else ""
+    assert not runs[2].folder.exists() and lines[-1].endswith(f"the same command {without}goes on from here.")
     assert sum(line.startswith("Stopped   ") for line in lines) == 2 and not any("Failed" in line for line in lines)
+    capsys.readouterr()
+    assert command.main(["--config", str(path), "--dry-run"]) == 0
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["begun", "begun", "to do"]
     (runs[0].folder.parent / "go").touch()
     assert command.main(["--config", str(path)]) == 0
     assert all(run.record() for run in runs)
@@ -457,21 +462,20 @@ def test_collect_says_what_is_missing(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_interrupted_in_the_middle_and_started_again_real_runs_end(tmp_path: Path, lines: list[str], monkeypatch) -> None:
+def test_a_real_run_interrupted_in_the_middle_ends_when_started_again(tmp_path: Path, lines: list[str], monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = {"checkpoint_steps": 1, "eval_every": 0, "backbone_type": EMBEDDED}
-    path = write_study(tmp_path, base, variants={"gumbel": {}, "bad": {"backbone_weights": "missing.safetensors"}}, seed=1,
-                       jobs=2, results="records")
-    gumbel, bad = load_study(path).runs()
-    signal_when(lambda: any(gumbel.folder.glob("checkpoint_*.ckpt")), signal.SIGINT)
+    path = write_study(tmp_path, base, grid={"growth_threshold": [0.05]}, seed=1, results="records")
+    (run,) = load_study(path).runs()
+    signal_when(lambda: any(run.folder.glob("checkpoint_*.ckpt")), signal.SIGINT)
     assert command.main(["--config", str(path)]) == 130
-    assert gumbel.record() is None and any(gumbel.folder.glob("checkpoint_*.ckpt"))
-    assert command.main(["--config", str(path)]) == 1
-    assert "Continuing" in (gumbel.folder.parent / "seed_1.log").read_text()
-    assert [line for line in lines if line.startswith("Failed: bad") and "missing.safetensors" in line]
-    record = gumbel.record()
-    assert len(record["tasks"]) == 2 and record["config"] == gumbel.config.model_dump(mode="json")
-    assert study_command(["collect", str(path)]) == 0 and read_sealed_json(gumbel.recorded) == record
+    assert run.record() is None and any(run.folder.glob("checkpoint_*.ckpt"))
+    assert command.main(["--config", str(path)]) == 0
+    assert "Continuing" in (run.folder.parent / "seed_1.log").read_text()
+    record = run.record()
+    assert len(record["tasks"]) == 2 and record["config"] == run.config.model_dump(mode="json")
+    assert f"last accuracy {record['metrics']['last_accuracy']:.2f}; 0 left" in lines[-2]
+    assert study_command(["collect", str(path)]) == 0 and read_sealed_json(run.recorded) == record
 
 
 # ---- helpers

@@ -26,7 +26,7 @@ class StudyFile(BaseModel):
 
     base: FilePath = Field(..., description="the config file that the runs start from, relative to the study file")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description='an object of named changes such as {"sdlora": {"gate": "none"}}')
+        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4}}')
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description='an object of lists of values such as {"rank": [4, 8]}')
     seed: Seeds = Field(..., description=f"an integer from 0 to {MAX_SEED}, or a list of different ones")
@@ -64,7 +64,7 @@ def read_study_file(path: Path, changes: Mapping[str, tuple[Any, str]]) -> Study
     """
     source = escaped(str(path))
     values = {**_without_comments(read_config_file(path)), **{key: value for key, (value, _) in changes.items()}}
-    for key in values.keys() - StudyFile.model_fields.keys():
+    for key in (key for key in values if key not in StudyFile.model_fields):
         hint = (" A change of the config goes into 'variants' or 'grid'." if key in Config.model_fields else
                 nearest(key, StudyFile.model_fields) or f" A study has the keys {', '.join(StudyFile.model_fields)}.")
         raise UserError(f"{source}: '{escaped(key[:60])}' is not a key of a study.{hint}")
@@ -124,7 +124,7 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         if "base" in variant and not (isinstance(variant["base"], str) and variant["base"]):
             wanted = StudyFile.model_fields["base"].description
             yield f", variant '{name}': 'base' is {show(variant['base'])}; it must be {wanted}."
-        for key in variant.keys() & file.grid.keys():
+        for key in (key for key in variant if key in file.grid):
             yield f": '{key}' is changed by the variant '{name}' and varied by 'grid'; leave out one of the two."
     for key, place in file.varied():
         if key in _SETTLED:

@@ -38,7 +38,7 @@ def committed(run: "StudyRun") -> dict[str, Any] | None:
     if differing:
         shown = ", ".join(f"{key} (there {json.dumps(old[key])}, now {json.dumps(new[key])})" for key in differing)
         raise UserError(f"{path}: is the record of another config, different in {shown}; delete the file to have this run "
-                        "made again, or set results=null to leave such records out.")
+                        "made again, or add --set results=null to leave committed records out.")
     return record
 
 

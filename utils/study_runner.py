@@ -69,7 +69,8 @@ def run_study(study: Study, check: Callable[[Config], None], overwrite: bool = F
     for failure in failures:
         LOGGER.info(f"Failed: {failure}")
     if failures:
-        LOGGER.info(f"{len(failures)} of {len(states)} runs failed; the same command tries them again.")
+        LOGGER.info(f"{len(failures)} of {len(states)} runs failed; the same command "
+                    f"{'without --overwrite ' * overwrite}tries them again.")
     LOGGER.info(f"Compare: python -m analysis.compare {shlex.quote(str(study.path))}")
     return 1 if failures else 0
 
@@ -143,12 +144,12 @@ class _Pool:
         with Signals() as signals:
             try:
                 while self.queue or self.running:
-                    if signals.received is not None:
-                        raise Stopped(signals.received)
                     while self.queue and len(self.running) < self.jobs:
                         self._start(self.queue.popleft())
                     time.sleep(POLL_SECONDS)
                     self._reap()
+                    if signals.received is not None:
+                        raise Stopped(signals.received)
             except BaseException as error:
                 self._stop(error.signal if isinstance(error, Stopped) else signal.SIGTERM)
                 raise
