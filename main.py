@@ -12,8 +12,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Class-incremental learning with gated LoRA adapters on a frozen ViT.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python main.py --config=exps/quickstart.json\n"
-               "  python main.py --config exps/sdlora_c100.json --seed 1993 1994 --set nb_tasks=2")
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="one or several JSON configs, run in turn")
+               "  python main.py --config exps/sdlora_c100.json --seed 1993 1994 --set nb_tasks=2\n"
+               "  python main.py --config exps/studies/gumbel_grid.json")
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE",
+                        help="one or several JSON configs or studies, run in turn")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="seeds instead of the config's, a run each")
     parser.add_argument("--device", nargs="+", metavar="NAME", help='"cpu", "auto", or a CUDA device such as 0')
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -25,22 +27,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the configs of the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Runs the configs of the command line; returns the exit status: 0, 1 for runs of a study that failed, 2 for bad input,
+    130, 143 or 75 after SIGINT, SIGTERM or SIGUSR1."""
     options = parse(arguments)
     from utils.config import load_config
     from utils.errors import UserError
     from utils.progress import LOGGER
     from utils.signals import Stopped
+    from utils.study import Study, is_study, load_study
 
     flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
     try:
-        configs = [load_config(path, options.overrides, **flags) for path in options.config]
-        from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
+        configs = [(load_study if is_study(path) else load_config)(path, options.overrides, **flags)
+                   for path in options.config]
+        from trainer import check, describe, run  # loads torch: --help and mistakes in a config are answered without
         from utils.runtime import log_to_console
+        from utils.study_runner import describe_study, run_study
 
         log_to_console()
+        status = 0
         for config in configs:
-            if options.dry_run:
+            if isinstance(config, Study):
+                if options.dry_run:
+                    print(describe_study(config, check), flush=True)
+                else:
+                    status = max(status, run_study(config, check, options.overwrite))
+            elif options.dry_run:
                 print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
             else:
                 run(config, options.overwrite)
@@ -53,9 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before training starts, when nothing has been written yet
         return 130
     except Stopped as stop:
-        LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command goes on from here.")
+        LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command "
+                    f"{'without --overwrite ' * options.overwrite}goes on from here.")
         return stop.exit_status
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from utils.signals import Signals, Stopped
 
 def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
     """Runs every seed of the config in turn; returns the records (`results.json`) of all."""
-    learner_class(config).check(config)
+    check(config)
     if config.deterministic:
         use_deterministic_algorithms()
     device, warnings = pick_device(config.device)
@@ -62,7 +62,7 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
 
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: resolved config, split and parameter counts; trains and writes nothing."""
-    learner_class(config).check(config)
+    check(config)
     device, warnings = pick_device(config.device)
     for seed in config.seed:
         run_folder.check_owner(run_folder.folder_of(config, seed), run_folder.of_seed(config, seed))
@@ -77,6 +77,11 @@ def describe(config: Config) -> dict[str, Any]:
             "trainable_parameters_task_0": learner.trainable_parameters(),
             "split": {"sha256": record["sha256"], "class_order": data.class_order, "task_sizes": data.task_sizes,
                       "train_images": [data.train_size(task) for task in range(data.nb_tasks)]}}
+
+
+def check(config: Config) -> None:
+    """Raises UserError for an unknown method, or a key that has no effect for it."""
+    learner_class(config).check(config)
 
 
 def learner_class(config: Config) -> type[BaseLearner]:

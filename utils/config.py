@@ -21,6 +21,7 @@ from utils.errors import UserError, nearest
 
 __all__ = [
     "Config",
+    "command_line_changes",
     "config_from_dict",
     "config_schema",
     "config_table",
@@ -45,6 +46,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **values: Any) 
     Raises UserError, one sentence that names the file or option, the key, its value and what is allowed.
     """
     merged = read_config_file(path)
+    changes = command_line_changes(overrides, **values)
+    merged |= {key: value for key, (value, _) in changes.items()}
+    options = {key: option for key, (_, option) in changes.items()}
+    name = "".join(letter if letter.isprintable() else "_" for letter in Path(path).stem)
+    return config_from_dict(merged, escaped(str(path)), name=name, options=options)
+
+
+def command_line_changes(overrides: Sequence[str], **values: Any) -> dict[str, tuple[Any, str]]:
+    """What the command line changes, as key -> (value, option in words); arguments as for `load_config`."""
     texts = [key for key, field in Config.model_fields.items() if _options(field.annotation) == [str]]
     changes = parse_overrides(overrides, texts)
     for key, value in values.items():
@@ -53,10 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **values: Any) 
             raise UserError(f"{changes[key][1]}: '{key}' is given by {option} too; use one of the two.")
         if value is not None:
             changes[key] = value, option
-    merged |= {key: value for key, (value, _) in changes.items()}
-    options = {key: option for key, (_, option) in changes.items()}
-    name = "".join(letter if letter.isprintable() else "_" for letter in Path(path).stem)
-    return config_from_dict(merged, escaped(str(path)), name=name, options=options)
+    return changes
 
 
 def config_from_dict(
@@ -136,7 +143,7 @@ def _sentence(
     first = problems[0]
     if first["type"] == "contradiction":
         sentence = first["ctx"]["sentence"]
-        named = [option for key, option in options.items() if f"'{key}'" in sentence]
+        named = dict.fromkeys(option for key, option in options.items() if f"'{key}'" in sentence)
         return f"{' with '.join([source, *named])}: {sentence}."
     if first["type"] == "missing":
         missing = " and ".join(
