@@ -63,7 +63,7 @@ MEASURES = (
     Measure("stored_bytes", "stored bytes", 0, _at_the_end("stored_bytes"), higher_is_better=False, in_page=False),
     Measure("seconds", "seconds", 1, _seconds, higher_is_better=False),
     Measure("peak_memory_mib", "peak memory (MiB)", 0, _peak_memory, higher_is_better=False, in_page=False),
-    *(Measure(f"kept_set_{name}", f"kept set: {heading}", 3, _kept_set(name), optional=True)
+    *(Measure(f"kept_set_{name}", f"kept set: {heading}", 3, _kept_set(name), optional=True, in_page=name == "f1")
       for name, heading in (("precision", "precision"), ("recall", "recall"), ("f1", "F1"), ("auc", "AUC of the gate"))),
 )
 

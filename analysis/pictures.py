@@ -5,7 +5,7 @@ methods differ in marker and line style too. Everything is mean ± sample standa
 """
 
 import io
-import textwrap
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,8 +61,10 @@ def pareto_figure(stream: Stream) -> Figure:
     for index, method, sizes, scores in shown:
         (x, x_sd), (y, y_sd) = mean_std(sizes), mean_std(scores)
         points.append((x, y))
-        axes.errorbar([x], [y], xerr=[x_sd or 0.0], yerr=[y_sd or 0.0], color=_color(index), marker=_marker(index),
-                      markersize=7, linestyle="", capsize=2.5, elinewidth=1, label=_wrapped(method.name))
+        axes.errorbar([x], [y], xerr=[x_sd or 0.0], yerr=[y_sd or 0.0], fmt="none", ecolor=_color(index), elinewidth=1,
+                      capsize=2.5)
+        axes.plot([x], [y], color=_color(index), marker=_marker(index), markersize=7, linestyle="",
+                  label=_wrapped(method.name))
     front = sorted(points[index] for index in non_dominated(points))
     if len(front) > 1:
         axes.step(*zip(*front, strict=True), where="post", color=GRAY, linewidth=1, zorder=0,
@@ -107,7 +109,7 @@ def growth_figure(stream: Stream) -> Figure | None:
                   marker=_marker(index), markersize=3.5 + line if stream.tasks <= 40 else 0, label=_wrapped(method.name))
     axes.plot(seen, seen, color=GRAY, linestyle=":", linewidth=1, zorder=0, label="one per task")
     if truth is not None:
-        axes.step(seen, truth, where="mid", color="black", linewidth=1, zorder=0, label="right answer (new domains)")
+        axes.plot(seen, truth, color="black", linewidth=1, zorder=0, label="right answer (one per new domain)")
     axes.set(xlabel="Tasks seen", ylabel="Adapters kept", ylim=(0, None))
     axes.xaxis.set_major_locator(_whole_numbers())
     axes.yaxis.set_major_locator(_whole_numbers())
@@ -208,7 +210,14 @@ def _legend(figure: Figure) -> None:
 
 
 def _wrapped(name: str, width: int = NAME_WIDTH) -> str:
-    return "\n".join(textwrap.wrap(name, width)) or name
+    """The name in lines of at most `width` letters, broken after a separator where there is one."""
+    lines = [""]
+    for word in re.findall(r"[^\s_,;/+-]*[\s_,;/+-]*", name):
+        for piece in [word[start:start + width] for start in range(0, len(word), width)]:
+            if len(lines[-1]) + len(piece.rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _color(index: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config import Config, config_from_dict
 from utils.config_file import read_config_file
 from utils.errors import UserError
 from utils.files import read_sealed_json
@@ -27,8 +27,9 @@ _NEEDED = ("finished", "config", "seed", "hardware", "backbone", "class_order_sh
 
 # Keys of the config that say how images are read, not which.
 _NOT_THE_STREAM = frozenset({"nb_tasks", "bad_images", "normalize"})
-_STREAM_KEYS = tuple(key for key, field in Config.model_fields.items()
-                     if field.json_schema_extra["group"] == "data" and key not in _NOT_THE_STREAM)
+_STREAM_KEYS = tuple(dict.fromkeys([*(key for key, field in Config.model_fields.items()
+                                      if field.json_schema_extra["group"] == "data" and key not in _NOT_THE_STREAM),
+                                    "task_domains"]))
 _NOT_THE_METHOD = NOT_COMPARED | {"seed", "nb_tasks", *_STREAM_KEYS}
 
 
@@ -154,9 +155,11 @@ def _read_study(path: Path) -> Iterator[_Entry]:
     from utils.study import load_study
 
     for run in load_study(path).runs():
-        record = run.record()
-        place = Path(run.folder) / RECORD
-        yield place, (run.name,), record if record is not None else f"not finished ({run.name}, seed {run.seed})"
+        record, own = run.record(), run.folder / RECORD
+        if record is None:
+            yield run.folder, (run.name,), "not finished"
+        else:
+            yield own if own.exists() else run.recorded, (run.name,), record
 
 
 def _names(path: Path) -> tuple[str, ...]:
@@ -198,7 +201,7 @@ def group_runs(runs: Iterable[Run]) -> list[Stream]:
 
 def _stream_key(result: Mapping[str, Any]) -> tuple:
     """What must agree for two runs to be compared; random weights of a backbone follow the seed, so they are only named."""
-    config, backbone = result["config"], result["backbone"]
+    config, backbone = _config(result), result["backbone"]
     weights = "random" if backbone["source"] == "random" else backbone["sha256"]
     network = ".".join(part for part in (backbone["name"], backbone["tag"]) if part)
     data = tuple(json.dumps(config.get(key), sort_keys=True) for key in _STREAM_KEYS if key not in ("dataset", "data_path"))
@@ -237,7 +240,15 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
 
 
 def _identity(result: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in result["config"].items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+    return json.dumps({key: value for key, value in _config(result).items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+
+
+def _config(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a record; keys younger than the record have their defaults. As it stands where it is no config today."""
+    try:
+        return config_from_dict(result["config"]).model_dump(mode="json")
+    except UserError:
+        return dict(result["config"])
 
 
 def _one_per_seed(runs: list[Run]) -> list[Run]:

@@ -117,7 +117,7 @@ def _note(d: np.ndarray) -> str:
     if len(d) == 1:
         return "one seed: no interval, no test"
     if not d.any():
-        return "identical on every seed: no t test"
+        return "identical on every seed: no interval, no t test"
     if not has_spread(d):
         return "the same difference on every seed: no interval, no t test"
     zeros = int((d == 0).sum())

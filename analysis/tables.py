@@ -179,13 +179,13 @@ def _signed(result: Paired, digits: int) -> str:
 def _p(value: float | None) -> str:
     if value is None:
         return MISSING
-    return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+    return "<0.0001" if value < 0.0001 else ">0.9999" if 0.99995 <= value < 1 else f"{value:.4f}"
 
 
 def _verdict(value: float | None) -> str:
     if value is None:
         return MISSING
-    return f"{'yes' if value < SIGNIFICANT else 'not shown'} (p {_p(value)})".replace("p <", "p < ")
+    return f"{'yes' if value < SIGNIFICANT else 'not shown'} (p {_p(value)})"
 
 
 def _cell(text: str) -> str:
