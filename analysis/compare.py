@@ -116,6 +116,8 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: the folder '{folder}' cannot be made ({error.strerror}); choose another one.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output: nothing may be written into '{folder}'; choose another folder.")
 
 
 if __name__ == "__main__":

@@ -190,10 +190,12 @@ def _canvas(title: str, stream: Stream, names: Sequence[str], extra: int = 1) ->
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
     axes = figure.add_subplot()
     axes.set_title(f"{title}\n", fontsize=13)
-    seeds = sorted({len(method.runs) for method in stream.methods})
-    count = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     first = next(iter(stream.methods[0].runs.values()))
-    axes.text(0.5, 1.02, f"{first.result['config']['dataset']}, {stream.tasks} tasks, mean ± deviation over {count}",
+    fewest, most = (pick(len(method.runs) for method in stream.methods) for pick in (min, max))
+    sample = f"mean ± deviation over {most if fewest == most else f'{fewest} to {most}'} seeds"
+    if len({seed for method in stream.methods for seed in method.runs}) == 1:
+        sample = f"seed {first.seed}"
+    axes.text(0.5, 1.02, f"{first.result['config']['dataset']}, {stream.tasks} tasks, {sample}",
               transform=axes.transAxes, ha="center", fontsize=9, color=GRAY)
     return figure, axes
 

@@ -131,13 +131,18 @@ def _read(path: Path) -> Iterator[_Entry]:
 
 
 def _read_folder(folder: Path) -> Iterator[_Entry]:
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*"), key=_natural):
         if any(part.startswith(".") or _SET_ASIDE.search(part) for part in path.relative_to(folder).parts):
             continue
         if path.name == RECORD or _COMMITTED.fullmatch(path.name):
             yield _read_record(path)
         elif path.name == "train.log" and not (path.parent / RECORD).exists():
             yield path.parent, _names(path.parent / RECORD), "no task is finished"
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    """Sorts numbers in names as numbers: `rank=2` before `rank=10`."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", path.as_posix())]
 
 
 def _read_record(path: Path) -> _Entry:

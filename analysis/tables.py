@@ -193,14 +193,15 @@ def _cell(text: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table padded to be read as plain text: the first column left, the others right-aligned."""
+    """A Markdown table padded to be read as plain text: words to the left, figures to the right."""
     cells = [[_cell(cell) for cell in row] for row in [header, *rows]]
     if not any(row[-1] for row in cells[1:]):  # a column of notes without a note
         cells = [row[:-1] for row in cells]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(cells[0]))]
-    lines = [[row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-             for row in cells]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    words = {0, *(column for column, name in enumerate(header) if name == "note")}
+    lines = [[cell.ljust(width) if column in words else cell.rjust(width)
+              for column, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in cells]
+    rule = ["-" * width if column in words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 

@@ -108,6 +108,12 @@ def test_layouts_of_folders_and_single_files(base, tmp_path):
     assert methods(single, committed, copy) == methods(single.parent, tmp_path / "docs", copy) == expected
 
 
+def test_numbers_in_names_are_sorted_as_numbers(base, tmp_path):
+    for rank in (10, 2, 1):
+        save(tmp_path / f"rank={rank}", varied(base, 1, rank=rank))
+    assert [name for name, _ in methods(tmp_path)] == ["rank=1", "rank=2", "rank=10"]
+
+
 def test_a_committed_copy_is_not_a_second_run(runs, base, tmp_path):
     committed = tmp_path / "docs" / "study"
     for index, seed in enumerate(SEEDS):
