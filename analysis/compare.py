@@ -1,0 +1,124 @@
+"""Command line: compares finished runs, over seeds, in tables and pictures.
+
+    python -m analysis.compare runs/quickstart runs/quickstart_head --baseline quickstart_head
+"""
+
+import argparse
+import io
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from analysis.records import Method
+
+OUTPUT = Path("runs/comparison")
+DEFAULT_BASELINE = "sdlora"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.compare", description="Compare finished runs over seeds, in tables and pictures.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python -m analysis.compare runs/quickstart runs/quickstart_head --baseline quickstart_head\n"
+               "  python -m analysis.compare runs/studies/gumbel_grid --output comparison")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="a results.json, a folder with runs anywhere below it, or a study file")
+    parser.add_argument("--baseline", metavar="NAME",
+                        help=f"the method that the others are compared with (default: {DEFAULT_BASELINE} if it is there, else "
+                             "the first)")
+    parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS",
+                        help='points of accuracy up to which a method is "no worse" or "equal" (default: 0.5)')
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
+                        help=f"where comparison.md, the CSV files and the pictures go (default: {OUTPUT})")
+    parser.add_argument("--label", action="append", default=[], metavar="PATH=NAME",
+                        help="call the runs at or below PATH by this NAME instead of their folder's; repeatable")
+    return parser.parse_args(arguments)
+
+
+def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = None, margin: float = 0.5,
+            labels: Mapping[Path, str] | None = None, command: str = "analysis.compare.compare") -> tuple[str, list[Path]]:
+    """Compares the runs at `paths` and writes everything into `output`; returns the page and the files written.
+
+    `margin`: points of accuracy. `command`: what the page names as its origin. Raises UserError for what cannot be compared.
+    """
+    from analysis import tables  # loads torch: --help and a wrong command line are answered without
+    from analysis.pictures import write_pictures
+    from analysis.records import find_runs, group_runs
+    from utils.files import write_bytes
+
+    if not 0 < margin < 100:
+        raise UserError(f"--margin: {margin:g} is not a difference in points of accuracy; choose one above 0 and below 100.")
+    found = find_runs(paths, labels)
+    if not found.runs:
+        raise UserError(f"{paths[0]}: no run is finished yet ({found.unfinished[0]}); finish one first.")
+    streams = group_runs(found.runs)
+    baselines = [_baseline(stream.methods, baseline) for stream in streams]
+    if baseline is not None and not any(baselines):
+        names = [method.name for stream in streams for method in stream.methods]
+        raise UserError(f"--baseline: no method is called '{baseline}'; choose one of {', '.join(dict.fromkeys(names))}."
+                        f"{nearest(baseline, names)}")
+    _make(output)
+    pictures = [write_pictures(stream, output) for stream in streams]
+    page = tables.page(streams, found, baselines, margin, pictures, command)
+    texts = {"comparison.md": page, "comparison.csv": tables.runs_csv(streams), "summary.csv": tables.summary_csv(streams),
+             "differences.csv": tables.differences_csv(streams, baselines, margin)}
+    for name, text in texts.items():
+        write_bytes(output / name, text.encode())
+    return page, [output / name for name in [*texts, *(file for shown in pictures for _, file in shown)]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the comparison and says where it was written; returns the exit status: 0, or 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
+    try:
+        page, written = compare(options.runs, options.output, options.baseline, options.margin, _labels(options.label),
+                                shlex.join(["python", "-m", "analysis.compare", *arguments]))
+        print(page)
+        print("Written: " + ", ".join(str(path) for path in written), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of `| head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _baseline(methods: Sequence["Method"], name: str | None) -> "Method | None":
+    """The method of that name, None where it is not there; without a name SD-LoRA, else the first."""
+    by_name = {method.name: method for method in methods}
+    if name is not None:
+        return by_name.get(name)
+    return by_name.get(DEFAULT_BASELINE, methods[0])
+
+
+def _labels(given: Sequence[str]) -> dict[Path, str]:
+    labels = {}
+    for argument in given:
+        path, equals, name = (part.strip() for part in argument.rpartition("="))
+        if not path or not equals or not name:
+            raise UserError(f"--label: '{argument}' is not PATH=NAME; write for example runs/quickstart=gated.")
+        labels[Path(path)] = name
+    return labels
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: the folder '{folder}' cannot be made ({error.strerror}); choose another one.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output: nothing may be written into '{folder}'; choose another folder.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
