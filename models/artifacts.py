@@ -66,11 +66,15 @@ def save_head(folder: Path, head: nn.Module, task: int) -> Path:
 
 class SavedNetwork(nn.Module):
     """The network of one task of a finished run: images `[b, 3, S, S]` in 0..1 (normalised if the run's config says so) to
-    logits `[b, classes seen]` in the order of the stream."""
+    logits `[b, classes seen]` in the order of the stream.
 
-    def __init__(self, backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    bank: the adapters in it; `bank.merge(beta)` gives it other gate weights.
+    """
+
+    def __init__(self, backbone: nn.Module, bank: AdapterBank, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.backbone = backbone
+        self.bank = bank
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
@@ -110,7 +114,7 @@ def load_network(folder: str | Path, task: int) -> SavedNetwork:
         bank.store(t, load_file(whole(f"adapter_task_{t}.safetensors")), record["alphas"][t])
     bank.gate.scale = record["gate_scale"]
     bank.merge(record["beta_after"][tasks])
-    return SavedNetwork(backbone, head["weight"], head["bias"])
+    return SavedNetwork(backbone, bank, head["weight"], head["bias"])
 
 
 def _existing(path: Path) -> Path:

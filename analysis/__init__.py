@@ -1,0 +1,1 @@
+"""Reads finished runs: comparisons, statistics and pictures."""
