@@ -1,1 +1,0 @@
-"""Reads finished runs: comparisons, statistics and pictures."""

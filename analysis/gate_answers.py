@@ -13,7 +13,6 @@ from analysis.gate_questions import (
     counts_without,
     gate_weights,
     growth,
-    read_run,
     reproduced,
     similarity,
     task_means,
@@ -31,16 +30,14 @@ from utils.runtime import hardware, pick_device, versions
 Say = Callable[[str], None]
 
 
-def answer_all(folder: Path, task: int | None, batch_size: int | None, device: str, say: Say
-               ) -> tuple[FinishedRun, dict[str, Answer]]:
-    """Reads the run and answers every question; `say` gets lines on the progress.
+def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, device: str, say: Say) -> dict[str, Answer]:
+    """The answer to every question; `say` gets lines on the progress.
 
     task: whose network adapters are taken out of, by default the last. batch_size: by default the run's. Raises UserError for
-    a run without adapters, missing or damaged files, other images than the run had, and a network that does not reproduce
-    the accuracy that the run recorded.
+    missing or damaged files, other images than the run had, and a network that does not reproduce the accuracy that the run
+    recorded.
     """
-    run = read_run(folder)
-    last = len(run.gates) - 1
+    folder, last = run.folder, len(run.gates) - 1
     task = last if task is None else task
     if not 0 <= task <= last:
         raise UserError(f"--task: {folder} has finished tasks 0 to {last}, not {task}; choose one of those.")
@@ -70,7 +67,7 @@ def answer_all(folder: Path, task: int | None, batch_size: int | None, device: s
         "gate_weights": gate_weights(run.gates), "chosen": chosen(run.gates),
         "without_adapter": {"task": task, "largest_difference": difference, **without_adapter(whole, counts, weights)},
         "similarity": similarity(run.gates, means), "growth": growth(run.result)}
-    return run, {name: {"question": ASKED[name][0], "definition": ASKED[name][1], **answers[name]} for name in ASKED}
+    return {name: {"question": ASKED[name][0], "definition": ASKED[name][1], **answers[name]} for name in ASKED}
 
 
 def _computes_alike(run: FinishedRun, here: dict) -> bool:
@@ -94,12 +91,16 @@ def report(run: FinishedRun, answers: dict[str, Answer], pictures: bool = False)
     return "\n\n".join(parts) + "\n"
 
 
-def write(run: FinishedRun, answers: dict[str, Answer], folder: Path) -> None:
-    """Writes `<name>.json` and `<name>.png` of every answer, and `gates.md`."""
+def make_folder(folder: Path) -> None:
+    """Makes the folder of the answers; called before they are computed, which may take long."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: '{folder}' cannot be made ({error.strerror}); choose another folder.") from error
+
+
+def write(run: FinishedRun, answers: dict[str, Answer], folder: Path) -> None:
+    """Writes `<name>.json` and `<name>.png` of every answer, and `gates.md`."""
     for name, answer in answers.items():
         write_json(folder / f"{name}.json", answer)
         write_bytes(folder / f"{name}.png", png(FIGURES[name](answer, run.result)))

@@ -48,9 +48,9 @@ ASKED = {
         "Does task similarity go with the gate weight?",
         "Similarity of two tasks: cosine between the means of their class-mean features (training images, test transform, "
         "frozen backbone without adapters). One pair for every task and every older adapter in the gate when that task's "
-        "growth was decided, with the weight that the decision read (`beta_values`). Weights of one task sum to 1, so they shrink as "
-        "adapters are added; the relative weight is that times the number of adapters in the gate. Pairs share tasks and are "
-        "not independent, so that p tends to be too small: read it as a description, not as a test."),
+        "growth was decided, with the weight that the decision read (`beta_values`). Weights of one task sum to 1, so they "
+        "shrink as adapters are added; the relative weight is that times the number of adapters in the gate. Pairs share "
+        "tasks and are not independent, so that p tends to be too small: read it as a description, not as a test."),
     "growth": (
         "How do adapters and stored bytes grow with the tasks?",
         "What is kept for the stream after each task: adapters in use, and everything stored besides the frozen backbone "
@@ -260,7 +260,7 @@ def _by_task(fields: dict[str, list[float | None]]) -> dict[str, dict[str, Any]]
 def _undefined(similarities: np.ndarray, weights: np.ndarray) -> str | None:
     """Why there is no rank correlation between the two, None where there is one."""
     if len(weights) < 3:
-        return f"{len(weights)} pairs of a task and an older adapter are too few to correlate"
+        return f"a correlation needs 3 pairs of a task and an older adapter, and this run has {len(weights)}"
     if np.ptp(weights) < _EQUAL:
         return f"all {len(weights)} gate weights are {weights[0]:.4g}, so there is nothing to correlate"
     if np.ptp(similarities) == 0:

@@ -30,12 +30,15 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Answers, writes and prints; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    from analysis.gate_answers import answer_all, report, write  # loads torch: --help is answered without
+    from analysis.gate_answers import answer_all, make_folder, report, write  # loads torch: --help is answered without
+    from analysis.gate_questions import read_run
     from utils.errors import UserError
 
     try:
-        run, answers = answer_all(options.run, options.task, options.batch_size, options.device, _say)
+        run = read_run(options.run)
         folder = options.run / "gates" if options.output is None else options.output
+        make_folder(folder)
+        answers = answer_all(run, options.task, options.batch_size, options.device, _say)
         write(run, answers, folder)
         print(report(run, answers))
         print(f"Tables, pictures and JSON: {folder}", flush=True)
