@@ -75,11 +75,14 @@ def save_head(folder: Path, head: Head, task: int) -> Path:
 
 class SavedNetwork(nn.Module):
     """The network of one task of a finished run: images `[b, 3, S, S]` in 0..1 (normalised if the run's config says so) to
-    logits `[b, classes seen]` in the order of the stream."""
+    logits `[b, classes seen]` in the order of the stream.
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    bank: the adapters in it, None where the method has none; `bank.merge(beta)` gives it other gate weights.
+    """
+
+    def __init__(self, backbone: nn.Module, bank: AdapterBank | None, head: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.bank, self.head = backbone, bank, head
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -112,15 +115,14 @@ def load_network(folder: str | Path, task: int) -> SavedNetwork:
     if backbone.identity.sha256 != result["backbone"]["sha256"]:
         raise UserError(f"{folder}: the backbone that was loaded has other weights than '{config.backbone_type}' had in the "
                         "run; put the run's weights where they were.")
-    if record is not None:
-        _merge_adapters(backbone, config, record, whole)
+    bank = None if record is None else _merge_adapters(backbone, config, record, whole)
     with safe_open(head_file, framework="pt") as file:
         head = HEADS[(file.metadata() or {}).get("head", "linear")](backbone.width, config, result["seed"])
         head.from_file({name: file.get_tensor(name) for name in file.keys()})
-    return SavedNetwork(backbone, head)
+    return SavedNetwork(backbone, bank, head)
 
 
-def _merge_adapters(backbone: FrozenViT, config: Config, record: dict[str, Any], whole: Callable[[str], Path]) -> None:
+def _merge_adapters(backbone: FrozenViT, config: Config, record: dict[str, Any], whole: Callable[[str], Path]) -> AdapterBank:
     """Merges the adapters that the gate file `record` says are in force into the frozen weights; `whole` finds files."""
     bank = AdapterBank(inject(backbone.vit, config.backbone_type), GATES[config.gate](), "layer")
     tasks = [t for t in range(record["task_id"] + 1) if record["pruning_mask"][t]]
@@ -128,6 +130,7 @@ def _merge_adapters(backbone: FrozenViT, config: Config, record: dict[str, Any],
         bank.store(t, load_file(whole(f"adapter_task_{t}.safetensors")), record["alphas"][t])
     bank.gate.scale = record["gate_scale"]
     bank.merge(record["beta_after"][tasks])
+    return bank
 
 
 def _existing(path: Path) -> Path:
