@@ -27,6 +27,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the configs of the command line; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
+    from utils.launch import leave
+
+    return leave(run_configs(options))
+
+
+def run_configs(options: argparse.Namespace) -> int:
+    """Runs the configs, each in this process or in processes of its own; returns the exit status."""
+    from utils import launch
     from utils.config import load_config
     from utils.errors import UserError
     from utils.progress import LOGGER
@@ -35,17 +43,23 @@ def main(arguments: list[str] | None = None) -> int:
     flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
     try:
         configs = [load_config(path, options.overrides, **flags) for path in options.config]
-        from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
-        from utils.runtime import log_to_console
+        for path, config in zip(options.config, configs, strict=True):
+            processes = 1 if options.dry_run else launch.processes_to_start(config.device)
+            if processes > 1:
+                if status := launch.start(processes, options, path):
+                    return status
+                continue
+            from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
+            from utils.runtime import log_to_console
 
-        log_to_console()
-        for config in configs:
-            if options.dry_run:
-                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
-            else:
+            log_to_console()
+            if not options.dry_run:
                 run(config, options.overwrite)
+            elif launch.place().rank == 0:
+                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if launch.speaks():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
