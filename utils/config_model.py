@@ -78,7 +78,7 @@ class Config(BaseModel):
         "is not there is replaced by the CPU with a warning. A single device may stand without the list. Several "
         'start a process each, which share every batch; `["cpu", "cpu"]` is two processes on the CPU. See '
         "docs/DISTRIBUTED.md.",
-        allowed='"auto", "cpu", a list of different CUDA devices such as "0" or "cuda:0", or "cpu" several times',
+        allowed='"auto", "cpu", or a list of different CUDA devices such as "0" or "cuda:0"; "cpu" may be repeated',
     )
     seed: Seeds = _run(
         [1993],

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.launch import launched, place
 from utils.progress import LOGGER, ConsoleHandler
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pydantic", "safetensors")
 
 
 def pick_device(names: list[str]) -> tuple[torch.device, list[str]]:
