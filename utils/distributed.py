@@ -37,12 +37,12 @@ def join(device: torch.device) -> None:
         torch.cuda.set_device(device)
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # else it takes the one of the local rank
     backend = {"backend": "cuda:nccl,cpu:gloo"} if on_cuda else {}
-    sys.excepthook = _fail
     try:
         with _connection():
             PartialState(cpu=not on_cuda, timeout=_PATIENCE, **backend)
     except NotImplementedError as error:  # a GPU whose NCCL needs a setting, which the message names
         raise UserError(" ".join(str(error).split())) from error
+    sys.excepthook = _fail  # after torch has put its own
 
 
 def is_main() -> bool:

@@ -66,6 +66,8 @@ def start(processes: int, options: Namespace, config: str) -> int:
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it goes by the host's name, which may not resolve
     command = [sys.executable, str(_MAIN), "--config", config, *_passed_on(options)]
     children: list[subprocess.Popen] = []
     received: list[int] = []
