@@ -153,7 +153,7 @@ class GradientLearner(BaseLearner):
 
     def _step(self, step: int, images: Tensor, labels: Tensor, total: int, meter: Meter) -> None:
         """One optimizer step on this process's part of a batch of `total` images."""
-        clf, sparse, correct = self._accumulate(images, labels, total, self.before_step(step))
+        clf, sparse, correct = self._accumulate(images, labels, self.before_step(step), total)
         add_up_gradients(self._trained(), clf, correct)
         gradients = [p.grad for p in self._trained() if p.grad is not None]
         finite = meter.watch(step, clf + sparse, gradients, self.gate_weights())
@@ -175,10 +175,14 @@ class GradientLearner(BaseLearner):
         meter.bad.fill_(-1)
 
     def _accumulate(
-        self, images: Tensor, labels: Tensor, total: int, extra: Tensor | None
+        self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What these images add to the gradients of one optimizer step, in `grad_accum` parts, to the mean cross-entropy and
-        to the number of correct predictions; the extra term, whose gradient the main process alone adds."""
+        """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions.
+
+        total: images of the whole batch, if these are only this process's part of it. Gradients, cross-entropy and correct
+        predictions are then what these images add; the extra term's gradient is added by the main process alone.
+        """
+        total = len(labels) if total is None else total
         targets = labels - self.data.task_classes(self.task).start
         parts = max(1, min(self.config.grad_accum, len(labels)))
         clf, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.long, device=self.device)

@@ -40,7 +40,7 @@ def join(device: torch.device) -> None:
     try:
         with _connection():
             PartialState(cpu=not on_cuda, timeout=_PATIENCE, **backend)
-    except NotImplementedError as error:  # a GPU whose NCCL needs a setting, which the message names
+    except (NotImplementedError, ValueError) as error:  # a variable is missing, or this GPU's NCCL needs one
         raise UserError(" ".join(str(error).split())) from error
     sys.excepthook = _fail  # after torch has put its own
 
@@ -152,11 +152,12 @@ def _joined() -> bool:
 def _connection() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
         raise UserError("The connection to another process of the run is lost, which has ended or cannot be reached; run the "
-                        f"same command again: it goes on from the last checkpoint ({str(error).splitlines()[0]}).") from error
+                        f"same command again: it goes on from the last checkpoint ({reason}).") from error
 
 
 def _fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
