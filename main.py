@@ -5,6 +5,10 @@ import json
 import os
 import sys
 
+from utils import launch
+from utils.errors import UserError
+from utils.signals import Stopped
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; every value given here wins over the config file."""
@@ -12,8 +16,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Class-incremental learning with gated LoRA adapters on a frozen ViT.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python main.py --config=exps/quickstart.json\n"
-               "  python main.py --config exps/sdlora_c100.json --seed 1993 1994 --set nb_tasks=2\n"
-               "  python main.py --config exps/studies/gumbel_grid.json")
+               "  python main.py --config exps/studies/gumbel_grid.json --seed 1993 1994 --set nb_tasks=2")
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE",
                         help="one or several JSON configs or studies, run in turn")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="seeds instead of the config's, a run each")
@@ -27,37 +30,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the configs of the command line; returns the exit status: 0, 1 for runs of a study that failed, 2 for bad input,
-    130, 143 or 75 after SIGINT, SIGTERM or SIGUSR1."""
-    options = parse(arguments)
+    """Runs configs and studies; the exit status is 0, 1 (a run of a study failed), 2 (bad input), or a signal's: 130, 143, 75."""
+    return launch.leave(run_all(parse(arguments)))
+
+
+def run_all(options: argparse.Namespace) -> int:
     from utils.config import load_config
-    from utils.errors import UserError
     from utils.progress import LOGGER
-    from utils.signals import Stopped
     from utils.study import Study, is_study, load_study
 
-    flags = {key: value for key in ("seed", "device") if (value := getattr(options, key)) is not None}
+    flags, status = {"seed": options.seed, "device": options.device}, 0
     try:
         configs = [(load_study if is_study(path) else load_config)(path, options.overrides, **flags)
                    for path in options.config]
-        from trainer import check, describe, run  # loads torch: --help and mistakes in a config are answered without
-        from utils.runtime import log_to_console
-        from utils.study_runner import describe_study, run_study
+        for path, config in zip(options.config, configs, strict=True):
+            alone = options.dry_run or isinstance(config, Study)
+            if not alone and (processes := launch.processes_to_start(config.device)) > 1:
+                status = max(status, launch.start(processes, options, path))
+                continue
+            from trainer import check, describe, run  # loads torch: --help and mistakes in a config are answered without
+            from utils.runtime import log_to_console
+            from utils.study_runner import perform
 
-        log_to_console()
-        status = 0
-        for config in configs:
+            log_to_console()
             if isinstance(config, Study):
-                if options.dry_run:
-                    print(describe_study(config, check), flush=True)
-                else:
-                    status = max(status, run_study(config, check, options.overwrite))
-            elif options.dry_run:
-                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
-            else:
+                status = max(status, perform(config, check, options.dry_run, options.overwrite))
+            elif not options.dry_run:
                 run(config, options.overwrite)
+            elif launch.place().rank == 0:
+                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if launch.speaks():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

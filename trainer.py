@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import signal
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ import torch
 from backbone import FrozenViT, create_backbone
 from models import LEARNERS, BaseLearner
 from models.training import epochs_of
-from utils import run_folder
+from utils import distributed, run_folder
 from utils.checkpoint import Checkpoints
 from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data_manager import DataManager
-from utils.errors import unknown
+from utils.distributed import on_main
+from utils.errors import UserError, unknown
 from utils.files import sha256_of, write_json, write_sealed_json
+from utils.launch import place
 from utils.metrics import TaskCounts, count_predictions, summary
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
@@ -42,17 +46,24 @@ from utils.signals import Signals, Stopped
 
 
 def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
-    """Runs every seed of the config in turn; returns the records (`results.json`) of all."""
+    """Runs every seed of the config in turn; returns the records (`results.json`) of all.
+
+    Of several processes each calls this; the main one alone touches folders.
+    """
     check(config)
     if config.deterministic:
         use_deterministic_algorithms()
     device, warnings = pick_device(config.device)
+    distributed.join(device)
+    if config.batch_size < place().processes:
+        raise UserError(f"batch_size: {config.batch_size} images cannot be shared by {place().processes} processes; raise it, "
+                        "or start fewer.")
     for warning in [*config_warnings(config), *warnings]:
         LOGGER.warning(warning)
     folders = {seed: run_folder.folder_of(config, seed) for seed in config.seed}
     for seed, folder in folders.items():
         if not overwrite:
-            run_folder.check_owner(folder, run_folder.of_seed(config, seed))
+            on_main(run_folder.check_owner, folder, run_folder.of_seed(config, seed))
     results = [Run(run_folder.of_seed(config, seed), seed, folder, device).finish(overwrite)
                for seed, folder in folders.items()]
     if len(results) > 1:
@@ -93,22 +104,27 @@ def learner_class(config: Config) -> type[BaseLearner]:
 
 def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, DataManager]:
     """The frozen backbone and the stream of one seed; the data are looked for first, being the usual thing to miss."""
-    dataset = load_dataset(config.dataset, config.data_path, seed)
-    backbone = create_backbone(config, seed)
+    dataset = distributed.in_turn(load_dataset, config.dataset, config.data_path, seed)
+    backbone = distributed.in_turn(create_backbone, config, seed)
+    processes = place().local_processes
     # Workers pay off beside a GPU; on the CPU they would take the cores that the network computes with.
-    spare = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+    spare = min(8, (os.cpu_count() or 1) // processes) if device.type == "cuda" else 0
     workers = spare if config.num_workers is None else config.num_workers
     held_out = config.val_fraction if config.growth_rule == "val_loss" else 0.0
     data = DataManager(
         dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
-        num_workers=workers, bad_images=config.bad_images, task_domains=config.task_domains)
+        num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains)
     return backbone, data
 
 
 class Run:
-    """One seed of a config in one folder. An unfinished run goes on from its newest whole checkpoint, within a task too."""
+    """One seed of a config in one folder. An unfinished run goes on from its newest whole checkpoint, within a task too.
+
+    Of several processes each has a Run: all learn and count, the main one alone reads and writes the folder, and all come to
+    the same decisions.
+    """
 
     def __init__(self, config: Config, seed: int, folder: Path, device: torch.device) -> None:
         self.config, self.seed, self.folder, self.device = config, seed, folder, device
@@ -125,18 +141,18 @@ class Run:
 
         Raises utils.signals.Stopped after a signal, with everything saved.
         """
-        done = None if overwrite else run_folder.finished_result(self.folder)
+        done = None if overwrite else on_main(run_folder.finished_result, self.folder)
         if done is not None:
             LOGGER.info(f"{self.folder} holds a finished run of this config; nothing is trained (--overwrite starts over).")
-            self.checkpoints.remove_all()  # a kill between the last record and this would have left them
+            on_main(self.checkpoints.remove_all)  # a kill between the last record and this would have left them
             self.result = done
             self._report()
             return done
         self._build()  # what refuses a config comes before the folder is touched, which then is nobody's
-        if overwrite and (aside := run_folder.set_aside(self.folder)):
+        if overwrite and (aside := on_main(run_folder.set_aside, self.folder)):
             LOGGER.info(f"--overwrite: what was in {self.folder} is now in {aside}")
-        with lock(self.folder), log_to_file(self.folder / "train.log"), self.signals:
-            run_folder.claim(self.folder, self.config)
+        with ExitStack() as held, self.signals:
+            on_main(self._take_folder, held)
             self._prepare()
             try:
                 self._stream()
@@ -163,11 +179,18 @@ class Run:
         """Writes a checkpoint when one is due, and stops the run once a signal has come."""
         self.steps += 1
         due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
+        due, received = distributed.largest(due, self.signals.received or 0)
         if due or (self.config.checkpoint_steps and self.steps % self.config.checkpoint_steps == 0):
             self._checkpoint()
-        self._stop_on_signal()
+        self._stop_on(received)
 
     # ---- the run
+
+    def _take_folder(self, held: ExitStack) -> None:
+        """Makes the folder this run's for as long as `held` is open, and has log lines go to it."""
+        held.enter_context(lock(self.folder))
+        held.enter_context(log_to_file(self.folder / "train.log"))
+        run_folder.claim(self.folder, self.config)
 
     def _build(self) -> None:
         config = self.config
@@ -176,13 +199,13 @@ class Run:
         self.stream = kind.stream(self.data)
         self.task_steps = [epochs_of(config, t) * self.stream.steps_per_epoch(t, config.batch_size) if kind.trains else 0
                            for t in range(self.stream.nb_tasks)]
-        self.progress = Progress(sum(self.task_steps))
+        self.progress = Progress(sum(self.task_steps), terminal=None if distributed.is_main() else False)
         self.learner = kind(config, self.stream, backbone, self.seed, self.progress)
 
     def _prepare(self) -> None:
         config, identity = self.config, self.learner.backbone.identity
         split = self.data.split_record()
-        write_json(self.folder / "split.json", split)
+        on_main(write_json, self.folder / "split.json", split)
         order = json.dumps(self.data.class_order).encode()
         self.result = {
             "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed, "versions": versions(),
@@ -191,7 +214,7 @@ class Run:
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
             "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
         LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
-                    f"{identity.name} on {self.device}, in {self.folder}")
+                    f"{identity.name} on {', '.join(self.result['hardware']['devices'])}, in {self.folder}")
         if self.data.bad_images:
             LOGGER.warning(f"{len(self.data.bad_images)} images cannot be decoded and are left out; results.json lists them.")
         self.learner.announce()
@@ -200,7 +223,7 @@ class Run:
         self.progress.skip(finished + (self.learner.steps_done() if self.within_task else 0))
 
     def _resume(self) -> None:
-        state, damaged = self.checkpoints.load()
+        state, damaged = on_main(self.checkpoints.load)
         for line in damaged:
             LOGGER.warning(line)
         if state is None:
@@ -227,52 +250,67 @@ class Run:
             report = self.learner.end_task()
             counts = self._counts()
             stored = self.learner.stored_tensors()
-            saved = self.learner.save(self.folder)
+            files = on_main(self._save)
+            peak, = distributed.largest(peak_memory(self.device))
             self.records.append({
                 "task": task, "classes": self.stream.task_sizes[task], "seen_classes": self.stream.seen_classes(task),
                 **asdict(report), "trainable_parameters": trainable,
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
-                "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak_memory(self.device),
-                "files": {path.name: sha256_of(path) for path in saved}, "counts": asdict(counts)})
+                "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak,
+                "files": files, "counts": asdict(counts)})
             self._checkpoint()
             self._write_results()
-            LOGGER.info(f"Saved: {', '.join(path.name for path in saved)} in {self.folder}")
+            LOGGER.info(f"Saved: {', '.join(files)} in {self.folder}")
             for line in curve_lines(self.result["metrics"]):
                 LOGGER.info(line)
             self._stop_on_signal()
         self._write_results()
-        write_pictures(self.result, self.folder)
+        on_main(write_pictures, self.result, self.folder)
         self._write_results(finished=True)
-        self.checkpoints.remove_all()
+        on_main(self.checkpoints.remove_all)
 
     def _counts(self) -> TaskCounts:
         seen = range(self.stream.seen_classes(self.learner.task))
         tasks = int(self.data.task_of_class[seen[-1]]) + 1
         counts = TaskCounts.zeros(tasks)
         self.learner.start_evaluation()
-        for images, labels in self.data.eval_batches("test", seen, self.config.batch_size):
-            counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, tasks)
+        for images, labels in self.data.eval_batches("test", seen, self.config.batch_size, distributed.part()):
+            if len(labels):
+                counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, tasks)
             self._stop_on_signal()
-        return counts
+        sums = torch.tensor(list(asdict(counts).values()))
+        distributed.add_up(sums)
+        return TaskCounts(*sums.tolist())
 
     def _stop_on_signal(self) -> None:
+        """Stops all processes at this point if a signal has reached any of them."""
+        self._stop_on(*distributed.largest(self.signals.received or 0))
+
+    def _stop_on(self, received: int) -> None:
         """Between tasks and while a task is decided, the checkpoint on disk is the one to go on from."""
-        if self.signals.received is not None:
+        if received:
             if self.within_task:
                 self._checkpoint()
-            raise Stopped(self.signals.received)
+            raise Stopped(signal.Signals(received))
+
+    def _save(self) -> dict[str, str]:
+        """Writes the task's artifacts; their names and SHA-256 sums."""
+        return {path.name: sha256_of(path) for path in self.learner.save(self.folder)}
 
     def _checkpoint(self) -> None:
+        on_main(self._write_checkpoint)
+        self.checkpoint_written = time.monotonic()
+
+    def _write_checkpoint(self) -> None:
         self.checkpoints.save({
             "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
             "seconds": time.monotonic() - self.task_started, "steps": self.steps, "random": global_state()})
-        self.checkpoint_written = time.monotonic()
 
     def _write_results(self, finished: bool = False) -> None:
         self.result["metrics"] = summary([TaskCounts(**record["counts"]) for record in self.records])
         self.result["finished"] = finished
-        write_sealed_json(self.folder / "results.json", self.result)
+        on_main(write_sealed_json, self.folder / "results.json", self.result)
 
     def _report(self) -> None:
         for line in [*final_table(self.result).splitlines(), *curve_lines(self.result["metrics"])]:

@@ -11,6 +11,7 @@ from backbone.cosine_head import CosineHead
 from models.artifacts import save_head
 from models.base import BaseLearner, Session, TaskReport
 from models.training import GradientLearner, learning_rate
+from utils import distributed
 from utils.errors import UserError
 
 GATE_KEYS = frozenset({
@@ -58,10 +59,13 @@ class SimpleCIL(BaseLearner):
         classes = self.data.task_classes(self.task)
         sums = torch.zeros(len(classes), self.backbone.width, device=self.device)
         counts = torch.zeros(len(classes), device=self.device)
-        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size):
+        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
+            if len(labels) == 0:
+                continue
             members = F.one_hot(labels - classes.start, len(classes)).float()  # [b, c]: a product sums in a fixed order
             sums += members.T @ self.embed(images)
             counts += members.sum(0)
+        distributed.add_up(sums, counts)
         means = F.normalize(sums / counts[:, None], dim=1)
         self.prototypes.weight = torch.cat([self.prototypes.weight, means])
 

@@ -13,6 +13,7 @@ from models.artifacts import beta_record, save_task
 from models.base import Session, TaskReport
 from models.growth import RULES, Decision, Evidence
 from models.training import GradientLearner, epochs_of, learning_rate
+from utils import distributed
 from utils.config import Config
 from utils.errors import UserError
 from utils.gumbel_utils import TemperatureScheduler, sample_gumbel, sparsity_loss
@@ -183,10 +184,15 @@ class SDLoRA(GradientLearner):
     def _held_out_loss(self) -> float:
         classes = self.data.task_classes(self.task)
         total, images = 0.0, 0
-        for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size):
+        for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size, distributed.part()):
+            if len(labels) == 0:
+                continue
             logits = self.head.current_logits(self.embed(batch))
             total += F.cross_entropy(logits, labels - classes.start, reduction="sum").item()
             images += len(labels)
+        sums = torch.tensor([total, images], dtype=torch.float64)
+        distributed.add_up(sums)
+        total, images = sums.tolist()
         return total / images
 
     # ---- what is stored

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from backbone.heads import HEADS
 from models.base import BaseLearner, Session, TaskReport
 from models.meter import Meter
+from utils import distributed
 from utils.config import Config
 from utils.errors import UserError
 from utils.progress import LOGGER
@@ -56,6 +57,16 @@ def schedule_factor(config: Config, task: int, epoch: int) -> float:
     return 1.0
 
 
+def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
+    """The gradients of `parameters`, and the `others`, become their sums over all processes."""
+    if distributed.part() == (0, 1):
+        return
+    for p in parameters:
+        if p.grad is None:  # a process without images in this batch
+            p.grad = torch.zeros_like(p)
+    distributed.add_up(*(p.grad for p in parameters), *others)
+
+
 class Place(NamedTuple):
     """How far the current task has come: the next epoch, batch within it and optimizer step; the epoch's sums so far."""
 
@@ -66,7 +77,12 @@ class Place(NamedTuple):
 
 
 class GradientLearner(BaseLearner):
-    """A frozen backbone with a growing head, trained with cross-entropy over the current task's classes."""
+    """A frozen backbone with a growing head, trained with cross-entropy over the current task's classes.
+
+    In a run of several processes each computes its part of every batch, and one message per step adds up the gradients. A
+    DistributedDataParallel wrapper would have to be rebuilt for the new parameters of every task, and would average the gate's
+    loss, which belongs to the step and not to the images.
+    """
 
     inactive = frozenset()
 
@@ -117,9 +133,10 @@ class GradientLearner(BaseLearner):
             for group in self._optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule_factor(config, task, epoch)
             skipped = start.batch if epoch == start.epoch else 0
-            batches = self.data.train_batches(task, epoch, config.batch_size, skip=skipped)
+            batches = self.data.train_batches(task, epoch, config.batch_size, skip=skipped, part=distributed.part())
             for batch, (images, labels) in enumerate(batches, skipped):
-                self._step(self._place.step, images, labels, meter)
+                total = self.data.images_in_batch(task, batch, config.batch_size)
+                self._step(self._place.step, images, labels, total, meter)
                 self._place = Place(epoch, batch + 1, self._place.step + 1, meter)
                 shown = self.progress.step(f"Task {task}, Epoch {epoch + 1}/{epochs}", self._figures)
                 if shown or self.device.type == "cpu":
@@ -130,15 +147,21 @@ class GradientLearner(BaseLearner):
             LOGGER.info(self._epoch_line(epoch, epochs, meter.read(), session.evaluate() if wanted else None))
             meter = Meter(self.device)
             self._place = Place(epoch + 1, 0, self._place.step, meter)
+        distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
 
-    def _step(self, step: int, images: Tensor, labels: Tensor, meter: Meter) -> None:
-        clf, sparse, correct = self._accumulate(images, labels, self.before_step(step))
-        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _step(self, step: int, images: Tensor, labels: Tensor, total: int, meter: Meter) -> None:
+        """One optimizer step on this process's part of a batch of `total` images."""
+        clf, sparse, correct = self._accumulate(images, labels, self.before_step(step), total)
+        add_up_gradients(self._trained(), clf, correct)
+        gradients = [p.grad for p in self._trained() if p.grad is not None]
         finite = meter.watch(step, clf + sparse, gradients, self.gate_weights())
         if self.config.nan_policy == "skip" and not finite:
             self._skip(meter)
         else:
-            meter.add(clf, sparse, correct, len(labels))
+            meter.add(clf, sparse, correct, total)
             self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -152,18 +175,25 @@ class GradientLearner(BaseLearner):
                        f"({self._skipped} of at most {self.config.nan_limit}).")
         meter.bad.fill_(-1)
 
-    def _accumulate(self, images: Tensor, labels: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions."""
+    def _accumulate(
+        self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions.
+
+        total: images of the whole batch, if these are only this process's part of it. Gradients, cross-entropy and correct
+        predictions are then what these images add; the extra term's gradient is added by the main process alone.
+        """
+        total = len(labels) if total is None else total
         targets = labels - self.data.task_classes(self.task).start
-        parts = min(self.config.grad_accum, len(labels))
+        parts = max(1, min(self.config.grad_accum, len(labels)))
         clf, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.long, device=self.device)
         extra = torch.zeros((), device=self.device) if extra is None else extra
-        pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True))
+        pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True)) if len(labels) else []
         for index, (x, y) in enumerate(pieces):
             logits = self.head.current_logits(self.embed(x))
-            share = F.cross_entropy(logits, y, reduction="sum") / len(labels)
+            share = F.cross_entropy(logits, y, reduction="sum") / total
             last = index + 1 == len(pieces)  # the gates' graph is shared by the parts, so only the last may free it
-            (share + extra if last else share).backward(retain_graph=not last)
+            (share + extra if last and distributed.is_main() else share).backward(retain_graph=not last)
             clf += share.detach()
             correct += (logits.detach().argmax(1) == y).sum()
         return clf, extra.detach(), correct
@@ -179,10 +209,14 @@ class GradientLearner(BaseLearner):
         self.start_evaluation()
         for epoch in range(epochs):
             first = epochs_of(self.config, self.task)
-            for images, labels in self.data.train_batches(self.task, first + epoch, self.config.batch_size):
-                with torch.no_grad():
-                    features = self.embed(images)
-                F.cross_entropy(self.head.current_logits(features), labels - start).backward()
+            batches = self.data.train_batches(self.task, first + epoch, self.config.batch_size, part=distributed.part())
+            for batch, (images, labels) in enumerate(batches):
+                if len(labels):
+                    with torch.no_grad():
+                        features = self.embed(images)
+                    loss = F.cross_entropy(self.head.current_logits(features), labels - start, reduction="sum")
+                    (loss / self.data.images_in_batch(self.task, batch, self.config.batch_size)).backward()
+                add_up_gradients(self.head.trainable())
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -193,15 +227,18 @@ class GradientLearner(BaseLearner):
         self._optimizer = None
         self.head.commit()
         self.start_evaluation()  # statistics are taken of the network as it is evaluated
-        self.head.absorb(self.head.collect(self._task_features(), len(self.data.task_classes(self.task))), self.task)
+        sums = self.head.collect(self._task_features(), len(self.data.task_classes(self.task)))
+        distributed.add_up(*sums)
+        self.head.absorb(sums, self.task)
         return TaskReport()
 
     @torch.no_grad()
     def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the task's training images under the test transform: features `[b, d]`, labels from 0."""
         classes = self.data.task_classes(self.task)
-        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size):
-            yield self.embed(images), labels - classes.start
+        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
+            if len(labels):
+                yield self.embed(images), labels - classes.start
 
     def modules(self) -> list[nn.Module]:
         return [self.head]

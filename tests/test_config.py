@@ -193,6 +193,7 @@ def test_paths_in_the_home_folder(monkeypatch):
         ("cuda:1", ["1"]),
         ("cuda", ["0"]),
         (["auto"], ["auto"]),
+        (["cpu", "cpu"], ["cpu", "cpu"]),
     ],
 )
 def test_one_device_or_several(given_device, device):

@@ -61,6 +61,7 @@ def refusal(values: dict) -> str:
             'is ["cpu", "0"]; it must be "auto", "cpu", or a list of different CUDA devices',
         ),
         ("device", ["0", "cuda:0"], 'is ["0", "cuda:0"]; it must be "auto"'),
+        ("device", ["auto", "auto"], '"cpu" may be repeated.'),
         ("device", -1, "is -1; it must be"),
         ("milestones", [5, 5], "is [5, 5]; it must be a list of ascending integers of at least 1."),
         ("milestones", [[1], [2]], "is [[1], [2]]; it must be a list of ascending integers of at least 1."),

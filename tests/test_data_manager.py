@@ -401,3 +401,35 @@ def test_a_class_without_a_usable_image_is_named(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image of class"):
         DataManager(load_dataset("folder", tmp_path), init_cls=2, increment=2, seed=0, image_size=16, bad_images="skip")
+
+
+@pytest.mark.parametrize("parts, batch_size", [(2, 5), (3, 7), (4, 4)])
+def test_parts_share_every_batch(parts: int, batch_size: int) -> None:
+    """Of 16 images: batches of 5, 5, 5, 1 in two parts; 7, 7, 2 in three; 4 times 4 in four."""
+    whole = list(manager(tensor_dataset()).train_batches(0, 1, batch_size))
+    shared = [list(manager(tensor_dataset()).train_batches(0, 1, batch_size, part=(k, parts))) for k in range(parts)]
+    for number, (images, labels) in enumerate(whole):
+        sizes = [len(share[number][1]) for share in shared]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+        assert torch.equal(torch.cat([share[number][0] for share in shared]), images)
+        assert torch.equal(torch.cat([share[number][1] for share in shared]), labels)
+        assert len(images) == manager(tensor_dataset()).images_in_batch(0, number, batch_size)
+    assert {len(share) for share in shared} == {len(whole)}
+    later = [labels for _, labels in manager(tensor_dataset()).train_batches(0, 1, batch_size, skip=1, part=(1, parts))]
+    assert all(torch.equal(a, b) for a, b in zip(later, [labels for _, labels in shared[1][1:]], strict=True))
+
+
+def test_parts_of_an_evaluation_hold_every_image_once(folders: Dataset) -> None:
+    for dataset, classes in ((folders, range(4)), (tensor_dataset(), range(3))):
+        images, labels = views(manager(dataset), "test", classes)
+        parts = [list(manager(dataset).eval_batches("test", classes, 4, (k, 5))) for k in range(5)]
+        shared = [pair for number in range(len(parts[0])) for pair in (part[number] for part in parts)]
+        assert torch.equal(torch.cat([i for i, _ in shared]), images)
+        assert torch.equal(torch.cat([n for _, n in shared]), labels)
+
+
+def test_a_part_may_be_empty_altogether() -> None:
+    batches = list(manager(tensor_dataset()).eval_batches("val", range(2), 4, (0, 2)))
+    assert batches == []
+    (images, labels), = manager(tensor_dataset()).eval_batches("test", range(1), 4, (3, 4))
+    assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)

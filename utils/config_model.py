@@ -76,8 +76,10 @@ class Config(BaseModel):
     device: Devices = _run(
         ["auto"],
         'Where to run: `"auto"` is the first CUDA device if there is one, else the CPU. A CUDA device that '
-        "is not there is replaced by the CPU with a warning. A single device may stand without the list.",
-        allowed='"auto", "cpu", or a list of different CUDA devices such as "0" or "cuda:0"',
+        "is not there is replaced by the CPU with a warning. A single device may stand without the list. Several "
+        'start a process each, which share every batch; `["cpu", "cpu"]` is two processes on the CPU. See '
+        "docs/DISTRIBUTED.md.",
+        allowed='"auto", "cpu", or a list of different CUDA devices such as "0" or "cuda:0"; "cpu" may be repeated',
     )
     seed: Seeds = _run(
         [1993],
@@ -195,7 +197,9 @@ class Config(BaseModel):
 
     init_epoch: int = _optim(20, "Epochs of training in the first task.", ge=1)
     epochs: int = _optim(20, "Epochs of training in every later task.", ge=1)
-    batch_size: int = _optim(128, "Images per optimizer step.", ge=1)
+    batch_size: int = _optim(
+        128, "Images per optimizer step, in all processes of a run together: at least one for each of them.", ge=1
+    )
     init_lr: float = _optim(0.01, "Learning rate in the first task.", gt=0)
     lrate: float = _optim(0.01, "Learning rate in every later task.", gt=0)
     alpha_lr: float | None = _optim(

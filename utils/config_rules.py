@@ -55,15 +55,18 @@ def _distinct(values: list) -> list:
 
 
 def _devices(names: list[str]) -> list[str]:
-    """CUDA devices become their bare number, so that "cuda:1" and "1" are the same device everywhere."""
+    """CUDA devices become their bare number, so that "cuda:1" and "1" are the same device everywhere; the CPU may be named
+    once for every process that is to run on it."""
     devices = []
     for name in names:
         match = re.fullmatch("cuda|(?:cuda:)?([0-9]{1,4})", name)
         if match is None and name not in ("auto", "cpu"):
             raise ValueError("unknown device")
         devices.append(name if match is None else str(int(match[1] or 0)))
+    if set(devices) == {"cpu"}:
+        return devices
     if len(devices) > 1 and {"auto", "cpu"} & set(devices):
-        raise ValueError("auto and cpu stand alone")
+        raise ValueError("auto stands alone, and cpu beside no other device")
     return _distinct(devices)
 
 
@@ -87,10 +90,9 @@ def _falsy(value: int) -> int:
     return value
 
 
-def _one_or_list(item: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema(
-        {"anyOf": [item, {"type": "array", "items": item, "minItems": 1, "uniqueItems": True}]}
-    )
+def _one_or_list(item: dict[str, Any], distinct: bool = True) -> WithJsonSchema:
+    several = {"type": "array", "items": item, "minItems": 1, **({"uniqueItems": True} if distinct else {})}
+    return WithJsonSchema({"anyOf": [item, several]})
 
 
 Text = Annotated[str, AfterValidator(_printable)]
@@ -103,7 +105,7 @@ Devices = Annotated[
     Field(min_length=1),
     BeforeValidator(_as_device_names),
     AfterValidator(_devices),
-    _one_or_list({"type": ["string", "integer"]}),
+    _one_or_list({"type": ["string", "integer"]}, distinct=False),
 ]
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0, le=MAX_SEED)]],

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +45,8 @@ class DataManager:
     image_size: S, pixels of the square input. `val_fraction` of the training images of every class is held
     out as `val`. `mean_std`: channel means and standard deviations to normalise with; None leaves images in
     0..1. `placement`: "memory" keeps everything decoded, "lazy" reads files when they are needed and leaves
-    tensors off the device, "auto" decides by what is free. `num_workers` processes read files.
+    tensors off the device, "auto" decides by what is free, which `copies` processes on this machine share.
+    `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
     beforehand and leaves those out. `task_domains`: the image domain of every task (utils/domains.py); None shows all images
     as they are.
@@ -69,6 +71,7 @@ class DataManager:
         mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
         placement: str = "auto",
         num_workers: int = 0,
+        copies: int = 1,
         bad_images: str = "stop",
         task_domains: list[str] | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class DataManager:
             raise unknown("data_placement", placement, PLACEMENTS)
         self.dataset, self.seed, self.image_size, self.shuffle = dataset, seed, image_size, shuffle
         self.device, self.placement, self.num_workers = torch.device(device), placement, num_workers
+        self.copies = copies
         self.task_sizes = task_sizes(len(dataset.classes), init_cls, increment, nb_tasks)
         self.nb_tasks = len(self.task_sizes)
         self._bounds = np.concatenate([[0], np.cumsum(self.task_sizes)]).tolist()
@@ -157,23 +161,35 @@ class DataManager:
         """Batches of an epoch; the last may be smaller."""
         return -(-self.train_size(task) // batch_size)
 
-    def train_batches(self, task: int, epoch: int, batch_size: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def images_in_batch(self, task: int, batch: int, batch_size: int) -> int:
+        """Images of batch number `batch` of an epoch, in all its parts together."""
+        return min(batch_size, self.train_size(task) - batch * batch_size)
+
+    def train_batches(
+        self, task: int, epoch: int, batch_size: int, skip: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of `task`: images float32 `[b, 3, S, S]` and stream labels int64 `[b]`, both on the device.
 
         Order and augmentation depend on (seed, task, epoch, image) alone; the first `skip` batches are left out unread.
+        `part` (k, n): of every batch only the k-th of n parts in a row, which are as equal as can be. Only this
+        part is read; in an epoch's last batch it may be empty.
         """
         index, labels = self._gather("train", self.task_classes(task))
         by_image = np.argsort(index)
         drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
-        order = by_image[drawn][skip * batch_size:]
-        images = self._sources["train"].train(index[order], View(self.seed, task, epoch), batch_size)
-        yield from self._with_labels(images, labels[order], batch_size)
+        order, sizes = _part_of(by_image[drawn][skip * batch_size:], batch_size, part)
+        images = self._sources["train"].train(index[order], View(self.seed, task, epoch), max(sizes, default=1))
+        yield from self._with_labels(images, labels[order], sizes)
 
-    def eval_batches(self, split: SplitName, classes: range, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of `classes` (stream labels) in `split` under the test transform, class by class."""
+    def eval_batches(
+        self, split: SplitName, classes: range, batch_size: int, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of `classes` (stream labels) in `split` under the test transform, class by class; `part` as in
+        `train_batches`."""
         index, labels = self._gather(split, classes)
+        order, sizes = _part_of(np.arange(len(index)), batch_size, part)
         source = self._sources["test" if split == "test" else "train"]
-        yield from self._with_labels(source.evaluate(index, batch_size), labels, batch_size)
+        yield from self._with_labels(source.evaluate(index[order], max(sizes, default=1)), labels[order], sizes)
 
     def _gather(self, split: SplitName, classes: range) -> tuple[np.ndarray, np.ndarray]:
         """Indices into the data set's split, class by class, and their stream labels."""
@@ -182,12 +198,13 @@ class DataManager:
         return np.concatenate([np.empty(0, dtype=np.int64), *parts]), labels
 
     def _with_labels(
-        self, images: Iterator[Tensor], labels: np.ndarray, batch_size: int
+        self, images: Iterator[Tensor], labels: np.ndarray, sizes: list[int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        if len(labels) == 0:
-            return
-        on_device = torch.from_numpy(labels).to(self.device).split(batch_size)
-        for batch, target in zip(images, on_device, strict=True):
+        """Batches of these `sizes`; only the last can be 0, for which `images` gives none."""
+        on_device = torch.from_numpy(labels).to(self.device)
+        nothing = torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
+        given = chain(images, [nothing] if 0 in sizes else []) if len(labels) else repeat(nothing, len(sizes))
+        for batch, target in zip(given, on_device.split(sizes), strict=True):
             if self._mean_std is not None:
                 mean, std = self._mean_std
                 batch = batch.sub_(mean).div_(std)
@@ -215,7 +232,7 @@ class DataManager:
         if isinstance(self.dataset.train.images, Tensor):
             return True
         needed = decoded_bytes(self.dataset.train.images, trained) + len(tested) * 3 * self.image_size**2
-        return needed * _SHARE <= free_memory()
+        return needed * self.copies * _SHARE <= free_memory()
 
     def split_record(self) -> dict[str, Any]:
         """What the run's split was, for its folder: classes and images of every task, with SHA-256 sums.
@@ -297,6 +314,18 @@ def task_sizes(classes: int, init_cls: int, increment: int, nb_tasks: int | None
             f"a single class, which has nothing to be told from; choose sizes that give every task two or more."
         )
     return sizes
+
+
+def _part_of(order: np.ndarray, batch_size: int, part: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """Of batches of `batch_size`, the images in part (k, n) of each, end to end, and how many of each batch they are.
+
+    The first parts take what does not divide evenly, so that only a last batch smaller than the number of parts leaves some
+    of them without an image, and never the first.
+    """
+    number, parts = part
+    batches = np.split(order, range(batch_size, len(order), batch_size)) if len(order) else []
+    mine = [np.array_split(batch, parts)[number] for batch in batches]
+    return np.concatenate([order[:0], *mine]), [len(images) for images in mine]
 
 
 def _images_by_class(labels: np.ndarray, order: list[int]) -> list[np.ndarray]:

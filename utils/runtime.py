@@ -15,31 +15,41 @@ from typing import Any
 
 import torch
 
+from utils import distributed
 from utils.errors import UserError
+from utils.launch import launched, place
 from utils.progress import LOGGER, ConsoleHandler
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pydantic", "safetensors")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "scipy", "pydantic", "safetensors")
 
 
 def pick_device(names: list[str]) -> tuple[torch.device, list[str]]:
-    """The device for the config's `device` names, and warnings.
+    """This process's device for the config's `device` names, and warnings.
 
     "auto" takes the first CUDA device if there is one. A CUDA device on a machine without CUDA becomes the CPU, with one
-    warning; a number beyond the machine's is refused.
+    warning; a number beyond the machine's is refused. Of several processes that a launcher has started on this machine each
+    takes the name at its place in the list, or, where the list has a single name, the CUDA device of its place.
     """
-    if names == ["auto"]:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu"), []
-    if names == ["cpu"]:
+    _, _, number, processes = place()
+    if len(names) > 1 and launched() and len(names) != processes:
+        raise UserError(f"device: {_quoted(names)} are {len(names)} devices for the {processes} processes that were started "
+                        'on this machine; start as many processes as devices, or leave it at "auto".')
+    if names[0] == "cpu" or (names == ["auto"] and not torch.cuda.is_available()):
         return torch.device("cpu"), []
     if not torch.cuda.is_available():
         return torch.device("cpu"), [f"device: {_quoted(names)} asked for, but this machine has no usable CUDA device; "
                                      "running on the CPU."]
-    numbers = [int(name.removeprefix("cuda:")) for name in names]
+    warnings = []
+    numbers = [0 if name == "auto" else int(name.removeprefix("cuda:")) for name in names]
+    if len(numbers) == 1 and processes > 1:
+        if names != ["auto"]:
+            warnings = [f"device: {_quoted(names)} asked for, but {processes} processes were started on this machine; they "
+                        f"take '0' to '{processes - 1}'."]
+        numbers = list(range(processes))
     count = torch.cuda.device_count()
     if max(numbers) >= count:
         raise UserError(f"device: '{max(numbers)}' is not there; this machine has CUDA devices 0 to {count - 1}.")
-    warnings = [f"device: {_quoted(names)} asked for; one process uses one device, so training runs on '{numbers[0]}'."]
-    return torch.device("cuda", numbers[0]), warnings if len(numbers) > 1 else []
+    return torch.device("cuda", numbers[number]), warnings
 
 
 def use_deterministic_algorithms() -> None:
@@ -56,10 +66,12 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the run was computed on."""
+    """What the run was computed on: this process's machine, and the device of every process by its rank."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    devices = distributed.gathered(str(device))
     return {"device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "platform": platform.platform()}
+            "platform": platform.platform(), "processes": len(devices), "devices": devices,
+            "machines": distributed.machines()}
 
 
 def environment() -> dict[str, str]:
@@ -101,9 +113,12 @@ def out_of_memory(error: BaseException) -> UserError | None:
 
 
 def log_to_console() -> None:
-    """Sends log lines to stdout, each flushed; called once per process."""
+    """Sends log lines to stdout, each flushed; called once per process. Of several processes only the main one logs."""
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
+    if not distributed.is_main():
+        LOGGER.addHandler(logging.NullHandler())
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the check mark shows a question mark
     if not any(isinstance(handler, ConsoleHandler) for handler in LOGGER.handlers):

@@ -20,6 +20,7 @@ from utils.config_rules import show
 from utils.data import DATASETS
 from utils.errors import UserError, unknown
 from utils.files import write_json
+from utils.launch import place
 from utils.progress import LOGGER, format_seconds
 from utils.run_lock import lock
 from utils.signals import Signals, Stopped
@@ -43,6 +44,17 @@ def describe_study(study: Study, check: Callable[[Config], None]) -> str:
         changes = ", ".join(f"{key}={show(value)}" for key, value in run.changes.items()) or "no changes"
         lines.append("  ".join([*(text.ljust(width) for text, width in zip(columns, widths, strict=True)), changes]))
     return "\n".join(lines)
+
+
+def perform(study: Study, check: Callable[[Config], None], dry_run: bool, overwrite: bool) -> int:
+    """Runs the study, or with `dry_run` prints its runs; returns the exit status. Raises UserError in a run of several
+    processes, each of which would start all of the study."""
+    if place().processes > 1:
+        raise UserError(f"{study.path}: a study starts its own processes; run it with the plain command, python main.py.")
+    if not dry_run:
+        return run_study(study, check, overwrite)
+    print(describe_study(study, check), flush=True)
+    return 0
 
 
 def run_study(study: Study, check: Callable[[Config], None], overwrite: bool = False) -> int:
