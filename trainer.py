@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from utils.data import load_dataset
 from utils.data_manager import DataManager
 from utils.errors import unknown
 from utils.files import sha256_of, write_json, write_sealed_json
-from utils.metrics import TaskCounts, count_predictions, summary
+from utils.metrics import TaskCounts, summary, tally_predictions
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
 from utils.report import curve_lines, final_table, seeds_table
@@ -240,12 +240,14 @@ class Run:
         self.checkpoints.remove_all()
 
     def _counts(self) -> TaskCounts:
-        task, counts = self.learner.task, TaskCounts.zeros(self.learner.task + 1)
+        task = self.learner.task
+        task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
+        tally = torch.zeros(len(fields(TaskCounts)), task + 1, dtype=torch.long, device=self.device)
         self.learner.start_evaluation()
         for images, labels in self.data.eval_batches("test", range(self.data.seen_classes(task)), self.config.batch_size):
-            counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, task + 1)
+            tally += tally_predictions(self.learner.predict(images), labels, task_of_class, task + 1)
             self._stop_on_signal()
-        return counts
+        return TaskCounts.of(tally)  # the one wait for the device
 
     def _stop_on_signal(self) -> None:
         """Between tasks and while a task is decided, the checkpoint on disk is the one to go on from."""

@@ -30,6 +30,7 @@ class SDLoRA(GradientLearner):
         layers = inject(self.backbone.vit, config.backbone_type)
         self.gate = GATES[config.gate]()
         self.bank = AdapterBank(layers, self.gate, config.alpha_scope).to(self.device)
+        self.bank.skip_silent = not config.compile  # a compiled network wants the same shapes in every step
         largest = max([config.rank, *(rank for _, rank in config.rank_schedule or [])])
         if largest > self.bank.width:
             key = "rank" if largest == config.rank else "rank_schedule"
@@ -183,12 +184,12 @@ class SDLoRA(GradientLearner):
 
     def _held_out_loss(self) -> float:
         classes = self.data.task_classes(self.task)
-        total, images = 0.0, 0
+        total, images = torch.zeros((), device=self.device), 0  # summed on the device, read once
         for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size):
             logits = self.head.current_logits(self.embed(batch))
-            total += F.cross_entropy(logits, labels - classes.start, reduction="sum").item()
+            total += F.cross_entropy(logits, labels - classes.start, reduction="sum")
             images += len(labels)
-        return total / images
+        return total.item() / images
 
     # ---- what is stored
 
