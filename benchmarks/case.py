@@ -74,7 +74,7 @@ def config_of(case: Case) -> Config:
     """The case as a config of the trainer: random weights, all adapters kept, learning rates that move next to nothing."""
     return config_from_dict({
         "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": case.backbone, "pretrained": False,
-        "device": [case.device], "rank": case.rank, "gate": case.gate, "alpha_scope": "layer", "growth_rule": "none",
+        "device": [case.device], "rank": case.rank, "gate": case.gate, "growth_rule": "none",
         "batch_size": case.batch, "precision": case.precision,
         # a reference makes new layers in every step, which would be compiled every time
         "compile": case.compile and case.kind not in REFERENCES, "init_epoch": 1, "epochs": 1,
