@@ -110,7 +110,7 @@ def _full_rank(x: Tensor, grads: tuple[Tensor, Tensor], o: Operands) -> tuple[Te
         m = (g.T @ x).to(o.new_A.dtype)
         stored = ((o.stored_B[p].T @ m) * o.stored_A[p]).sum(1)
         left, c = o.new_B[p].T @ m, o.new_c[p]  # [r, d], scalar
-        parts.append((stored, (left * o.new_A[p]).sum(), c * left, c * (o.new_A[p] @ m.T).T))
+        parts.append((stored, (left * o.new_A[p]).sum(), c * left, c * (m @ o.new_A[p].T)))
     return tuple(torch.stack(part) for part in zip(*parts, strict=True))
 
 
