@@ -39,7 +39,7 @@ def one_step(layers=None, old: int = 3, gate: str = "gumbel_softmax") -> tuple[d
     case.train_on(learner, NoSession(), images, torch.tensor([classes.start, classes.start + 4]), 1)
     names = {"alpha": learner.bank.alpha, "logits": learner.gate.logits, "A": learner.bank.new_A, "B": learner.bank.new_B,
              "head": learner.head.new_weight}
-    moved = {name: learner._optimizer.state[p]["momentum_buffer"] for name, p in names.items()}
+    moved = {name: learner._optimizer.state[p]["momentum_buffer"] for name, p in names.items() if p.requires_grad}
     return moved, learner
 
 
