@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs configs and studies; the exit status is 0, 1 (a run of a study failed), 2 (bad input), or a signal's: 130, 143, 75."""
+    """Runs configs and studies; the exit status is 0, 1 (a run failed), 2 (bad input), or 130, 143, 75."""
     return launch.leave(run_all(parse(arguments)))
 
 

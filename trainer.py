@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from utils.distributed import on_main
 from utils.errors import UserError, unknown
 from utils.files import sha256_of, write_json, write_sealed_json
 from utils.launch import place
-from utils.metrics import TaskCounts, count_predictions, summary
+from utils.metrics import TaskCounts, summary, tally_predictions
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
 from utils.report import curve_lines, final_table, seeds_table
@@ -273,15 +273,15 @@ class Run:
     def _counts(self) -> TaskCounts:
         seen = range(self.stream.seen_classes(self.learner.task))
         tasks = int(self.data.task_of_class[seen[-1]]) + 1
-        counts = TaskCounts.zeros(tasks)
+        task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
+        tally = torch.zeros(len(fields(TaskCounts)), tasks, dtype=torch.long, device=self.device)
         self.learner.start_evaluation()
         for images, labels in self.data.eval_batches("test", seen, self.config.batch_size, distributed.part()):
             if len(labels):
-                counts += count_predictions(self.learner.predict(images), labels, self.data.task_of_class, tasks)
+                tally += tally_predictions(self.learner.predict(images), labels, task_of_class, tasks)
             self._stop_on_signal()
-        sums = torch.tensor(list(asdict(counts).values()))
-        distributed.add_up(sums)
-        return TaskCounts(*sums.tolist())
+        distributed.add_up(tally)
+        return TaskCounts.of(tally)  # the one wait for the device
 
     def _stop_on_signal(self) -> None:
         """Stops all processes at this point if a signal has reached any of them."""

@@ -83,30 +83,48 @@ class GatedLinear(torch.autograd.Function):
         rows = grad.reshape(-1, 3 * width)
         terms = operands.stored_A.shape[1] + operands.new_A.shape[1]
         factor_gradients = _low_rank if 2 * terms <= width else _full_rank
-        parts = [factor_gradients(tokens, rows[:, start:start + width], p, operands)
-                 for p, start in enumerate((0, 2 * width))]
-        stored_c, new_c, new_A, new_B = (torch.stack(part) for part in zip(*parts, strict=True))
+        stored_c, new_c, new_A, new_B = factor_gradients(tokens, (rows[:, :width], rows[:, 2 * width:]), operands)
         return grad_x, None, None, stored_c, None, None, new_c, new_A, new_B
 
 
-def _low_rank(x: Tensor, g: Tensor, p: int, o: Operands) -> tuple[Tensor, ...]:
-    """Gradients of (stored_c, new_c, new_A, new_B) of projection `p` through products of rank R and r."""
-    stored = _paired_sum(x @ o.stored_A[p].T.to(x.dtype), g @ o.stored_B[p].to(g.dtype))
-    right, left = x @ o.new_A[p].T.to(x.dtype), g @ o.new_B[p].to(g.dtype)  # [N, r] each
-    c, wide = o.new_c[p], o.new_A.dtype
-    return stored, _paired_sum(right, left).sum(), c * (left.T @ x).to(wide), c * (g.T @ right).to(wide)
+def _low_rank(x: Tensor, grads: tuple[Tensor, Tensor], o: Operands) -> tuple[Tensor, ...]:
+    """Gradients of (stored_c, new_c, new_A, new_B) through products of rank R and r; `grads` are those of q and v, `[N, d]`.
+
+    Every product is written with its thin side as rows, `[r, N]` and not `[N, r]`: with ten columns the usual order is two
+    to five times slower on a CPU (docs/LOG.md). Both projections have the same x, so its products are shared.
+    """
+    wide = o.new_A.dtype
+    stored = _paired_sum(_project(x, o.stored_A), torch.stack([_transposed_product(g, B) for g, B in zip(grads, o.stored_B)]))
+    right = _project(x, o.new_A)  # [2, r, N]
+    left = torch.stack([_transposed_product(g, B) for g, B in zip(grads, o.new_B)])
+    c = o.new_c[:, None, None]
+    grad_A = (left.flatten(0, 1) @ x).view(o.new_A.shape)  # (20, 3152) @ (3152, 768) -> (20, 768)
+    grad_B = torch.stack([thin @ g for thin, g in zip(right, grads)]).mT
+    return stored, _paired_sum(right, left).sum(1), c * grad_A.to(wide), c * grad_B.to(wide)
 
 
-def _full_rank(x: Tensor, g: Tensor, p: int, o: Operands) -> tuple[Tensor, ...]:
-    """The same through one transient gradient of the `[d, d]` weight."""
-    m = (g.T @ x).to(o.new_A.dtype)
-    stored = ((o.stored_B[p].T @ m) * o.stored_A[p]).sum(1)
-    left = o.new_B[p].T @ m  # [r, d]
-    c = o.new_c[p]
-    return stored, (left * o.new_A[p]).sum(), c * left, c * (m @ o.new_A[p].T)
+def _full_rank(x: Tensor, grads: tuple[Tensor, Tensor], o: Operands) -> tuple[Tensor, ...]:
+    """The same through one transient gradient of the `[d, d]` weight of each projection."""
+    parts = []
+    for p, g in enumerate(grads):
+        m = (g.T @ x).to(o.new_A.dtype)
+        stored = ((o.stored_B[p].T @ m) * o.stored_A[p]).sum(1)
+        left, c = o.new_B[p].T @ m, o.new_c[p]  # [r, d], scalar
+        parts.append((stored, (left * o.new_A[p]).sum(), c * left, c * (m @ o.new_A[p].T)))
+    return tuple(torch.stack(part) for part in zip(*parts, strict=True))
+
+
+def _project(x: Tensor, A: Tensor) -> Tensor:
+    """`A[p] x^T` for both projections in one product: x `[N, d]`, A `[2, r, d]` -> `[2, r, N]`."""
+    return (A.flatten(0, 1).to(x.dtype) @ x.T).view(*A.shape[:2], len(x))
+
+
+def _transposed_product(g: Tensor, B: Tensor) -> Tensor:
+    """`B^T g^T`: g `[N, d]`, B `[d, r]` -> `[r, N]`."""
+    return B.T.to(g.dtype) @ g.T
 
 
 def _paired_sum(right: Tensor, left: Tensor) -> Tensor:
-    """`sum_n right[n, j] left[n, j]`, accumulated in float32 or wider."""
+    """`sum_n right[p, j, n] left[p, j, n]`, accumulated in float32 or wider: `[2, r]`."""
     wide = torch.promote_types(right.dtype, torch.float32)
-    return (right.to(wide) * left.to(wide)).sum(0)
+    return (right.to(wide) * left.to(wide)).sum(2)

@@ -35,15 +35,20 @@ class AdapterBank(nn.Module):
     layers: the projections that the bank writes to. alpha_scope: one magnitude per block and projection (`"layer"`) or
     per adapter (`"task"`). `tasks` lists the active adapters by task, ascending; the current one, if any, is the last.
     A pruned adapter's tensors are gone: nothing masked remains (METHOD.md, I5).
+
+    skip_silent: leave adapters that this step's gate weighs exactly 0 out of the step; they move neither output nor gradient.
+    Only on the CPU: which ones those are would have to be read back from any other device.
     """
 
     _FIXED = ("A", "B", "scale", "product_ratio", "absorbed")
 
     def __init__(self, layers: list[GatedQKV], gate: GumbelGate, alpha_scope: str) -> None:
         super().__init__()
-        self._layers = layers  # a plain list: the layers belong to the backbone, not to the bank
+        self.layers = layers  # a plain list: the layers belong to the backbone, not to the bank
         self.gate = gate
         self.alpha_scope = alpha_scope
+        self.skip_silent = True
+        self._spread: tuple[tuple, Tensor] | None = None
         self.tasks: list[int] = []
         self.ranks: list[int] = []
         depth, width = len(layers), layers[0].weight.shape[1]
@@ -58,11 +63,11 @@ class AdapterBank(nn.Module):
 
     @property
     def depth(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
     @property
     def width(self) -> int:
-        return self._layers[0].weight.shape[1]
+        return self.layers[0].weight.shape[1]
 
     @property
     def current(self) -> int | None:
@@ -157,7 +162,7 @@ class AdapterBank(nn.Module):
         Called once per optimizer step, so one draw of noise is shared by every block and both projections.
         """
         beta = self.gate(None if noise is None else noise.to(self.gate.logits))
-        for layer, operands in zip(self._layers, self._operands(beta), strict=True):
+        for layer, operands in zip(self.layers, self._operands(beta, self._sounding_columns(beta)), strict=True):
             layer.merge(operands)
             layer.operands = operands
         return beta
@@ -170,21 +175,37 @@ class AdapterBank(nn.Module):
         """
         weights = self.gate() if beta is None else beta
         operands = self._operands(weights) if self.tasks else [None] * self.depth
-        for layer, operand in zip(self._layers, operands, strict=True):
+        for layer, operand in zip(self.layers, operands, strict=True):
             layer.operands = None
             layer.merge(operand)
 
-    def _operands(self, beta: Tensor) -> list[Operands]:
+    def _operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
+        """One block's projection each; `columns` picks some of the R stored rank-one terms, None takes all."""
         coefficients = self.gate.scale * beta[:, None, None] * self.magnitudes()  # [n, L, 2]
         stored = len(self.tasks) - (self.current is not None)
-        stored_c = coefficients[:stored].permute(1, 2, 0) @ self._membership(stored).to(coefficients)  # [L, 2, R]
+        spread, A, B = self._membership(stored), self.A, self.B
+        if columns is not None:
+            spread, A, B = spread[:, columns], A[:, :, columns], B[..., columns]
+        stored_c = coefficients[:stored].permute(1, 2, 0) @ spread  # [L, 2, R]
         if self.current is None:
             new_c = coefficients.new_zeros(self.depth, 2)
             new_A, new_B = self.A[:, :, :0], self.B[..., :0]
         else:
             new_c, new_A, new_B = coefficients[-1], self.new_A, self.new_B
-        return [Operands(*parts) for parts in zip(stored_c.unbind(0), self.A.unbind(0), self.B.unbind(0), new_c.unbind(0),
+        return [Operands(*parts) for parts in zip(stored_c.unbind(0), A.unbind(0), B.unbind(0), new_c.unbind(0),
                                                   new_A.unbind(0), new_B.unbind(0), strict=True)]
+
+    @torch.no_grad()
+    def _sounding_columns(self, beta: Tensor) -> Tensor | None:
+        """Columns of the stored adapters with a gate weight other than 0, None for all of them.
+
+        Outside sparsemax's support the gradient of a weight is 0 as well, so nothing is lost. The test is on beta, not on
+        beta * alpha: a magnitude of 0 still has a gradient.
+        """
+        stored = len(self.tasks) - (self.current is not None)
+        if not self.skip_silent or beta.device.type != "cpu" or stored == 0 or beta[:stored].count_nonzero() == stored:
+            return None
+        return ((beta[:stored] != 0).to(self.A) @ self._membership(stored)).nonzero().squeeze(1)
 
     # ---- state
 
@@ -225,8 +246,12 @@ class AdapterBank(nn.Module):
 
     def _membership(self, stored: int) -> Tensor:
         """`[n, R]`: 1 where a column of the stack belongs to an adapter. As a product it spreads coefficients over columns,
-        and its transpose sums their gradients in a fixed order, also on CUDA."""
-        return torch.block_diag(*[torch.ones(1, rank) for rank in self.ranks[:stored]]) if stored else torch.zeros(0, 0)
+        and its transpose sums their gradients in a fixed order, also on CUDA. Built when the active set has changed."""
+        key = (tuple(self.ranks[:stored]), self.A.dtype, self.A.device)
+        if self._spread is None or self._spread[0] != key:
+            ones = [torch.ones(1, rank) for rank in self.ranks[:stored]]
+            self._spread = key, (torch.block_diag(*ones) if ones else torch.zeros(0, 0)).to(self.A)
+        return self._spread[1]
 
     def _stops(self, count: int) -> list[int]:
         """End column of each of the first `count` adapters in the stack along the rank."""

@@ -31,6 +31,7 @@ class SDLoRA(GradientLearner):
         layers = inject(self.backbone.vit, config.backbone_type)
         self.gate = GATES[config.gate]()
         self.bank = AdapterBank(layers, self.gate, config.alpha_scope).to(self.device)
+        self.bank.skip_silent = not config.compile  # a compiled network wants the same shapes in every step
         largest = max([config.rank, *(rank for _, rank in config.rank_schedule or [])])
         if largest > self.bank.width:
             key = "rank" if largest == config.rank else "rank_schedule"
@@ -183,14 +184,13 @@ class SDLoRA(GradientLearner):
 
     def _held_out_loss(self) -> float:
         classes = self.data.task_classes(self.task)
-        total, images = 0.0, 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of images, read once
         for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size, distributed.part()):
             if len(labels) == 0:
                 continue
             logits = self.head.current_logits(self.embed(batch))
-            total += F.cross_entropy(logits, labels - classes.start, reduction="sum").item()
-            images += len(labels)
-        sums = torch.tensor([total, images], dtype=torch.float64)
+            sums[0] += F.cross_entropy(logits, labels - classes.start, reduction="sum")
+            sums[1] += len(labels)
         distributed.add_up(sums)
         total, images = sums.tolist()
         return total / images

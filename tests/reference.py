@@ -1,12 +1,14 @@
 """The mathematics of METHOD.md, equation 1, written out adapter by adapter: what the fast code is held against."""
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from backbone.gates import GATES
 from backbone.lora import AdapterBank, inject
+from benchmarks.references import loop_layers
 from utils.rng import generator
 
 
@@ -48,35 +50,11 @@ def filled_bank(vit: nn.Module, count: int = 3, **options) -> AdapterBank:
     return bank
 
 
-class LoopQKV(nn.Module):
-    """A fused qkv linear with the weighted adapters added one by one to its output."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, terms: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.weight, self.bias, self.terms = weight, bias, terms  # terms: coefficient [2], A [2, r, d], B [2, d, r]
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.weight, self.bias).chunk(3, -1)
-        for c, A, B in self.terms:
-            q = q + c[0] * (x @ A[0].T @ B[0].T)
-            v = v + c[1] * (x @ A[1].T @ B[1].T)
-        return torch.cat([q, k, v], -1)
-
-
-def loop_network(vit: VisionTransformer, bank: AdapterBank, beta: Tensor) -> VisionTransformer:
+def loop_network(vit: VisionTransformer, bank: AdapterBank, beta: Tensor,
+                 layers: Callable[[AdapterBank, Tensor], list[nn.Module]] = loop_layers) -> VisionTransformer:
     """A copy of the injected `vit` that computes with a loop over adapters; gradients reach the bank's parameters."""
     copy = tiny_vit(dtype=next(vit.parameters()).dtype)
     copy.load_state_dict({name.replace("qkv.merged", ""): value for name, value in vit.state_dict().items()})
-    stored = len(bank.tasks) - (bank.current is not None)
-    stops = torch.tensor(bank.ranks).cumsum(0).tolist()
-    coefficients = beta[:, None, None] * bank.magnitudes()
-    for block in range(bank.depth):
-        terms = []
-        for i in range(len(bank.tasks)):
-            columns = slice(stops[i] - bank.ranks[i], stops[i])
-            A, B = ((bank.A[block, :, columns], bank.B[block, :, :, columns]) if i < stored
-                    else (bank.new_A[block], bank.new_B[block]))
-            terms.append((coefficients[i, block], A, B))
-        linear = copy.blocks[block].attn.qkv
-        copy.blocks[block].attn.qkv = LoopQKV(linear.weight, linear.bias, terms)
+    for block, layer in zip(copy.blocks, layers(bank, beta), strict=True):
+        block.attn.qkv = layer
     return copy

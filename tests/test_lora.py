@@ -169,3 +169,21 @@ def test_injection_is_all_or_nothing() -> None:
     assert isinstance(vit.blocks[0].attn.qkv, nn.Linear)
     with pytest.raises(UserError, match="resnet10t"):
         inject(timm.create_model("resnet10t"), "resnet10t")
+
+
+@pytest.mark.parametrize("noise", [None, [2.0, -1.0, 0.5, 0.0]])
+def test_adapters_of_weight_zero_are_left_out_of_a_step_and_nothing_changes(noise) -> None:
+    results, columns = [], []
+    for skip in (True, False):
+        vit = tiny_vit()
+        bank = filled_bank(vit, 4)
+        bank.skip_silent = skip
+        bank.alpha.data[1] = 0  # a magnitude of 0 is no weight of 0: its gradient stays
+        bank.gate.logits.data.copy_(torch.tensor([0.1, 0.0, -3.0, 0.2]))
+        beta = bank.train_step(None if noise is None else torch.tensor(noise, dtype=torch.float64))
+        columns.append(bank.layers[0].operands.stored_A.shape[1])
+        loss = vit(images()).square().sum()
+        results.append(torch.autograd.grad(loss + beta.square().sum(), [bank.alpha, bank.gate.logits, bank.new_A, bank.new_B]))
+    assert columns[0] < columns[1] == sum(bank.ranks[:-1])
+    for some, every in zip(*results, strict=True):
+        assert torch.allclose(some, every, rtol=1e-10, atol=1e-12)

@@ -44,6 +44,11 @@ class TaskCounts:
         """Nothing counted yet, for `tasks` tasks: the start of a sum over batches."""
         return cls(*([0] * tasks for _ in fields(cls)))
 
+    @classmethod
+    def of(cls, tally: Tensor) -> "TaskCounts":
+        """From a sum of `tally_predictions`, int64 `[5, T]`; waits for the device."""
+        return cls(*tally.tolist())
+
     def __add__(self, other: "TaskCounts") -> "TaskCounts":
         """Entry-wise sum; both must cover the same number of tasks."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
@@ -52,7 +57,13 @@ class TaskCounts:
 
 def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np.ndarray,
                       tasks: int) -> TaskCounts:
-    """Counts one batch.
+    """Counts one batch: `tally_predictions`, read at once."""
+    return TaskCounts.of(tally_predictions(logits, labels, torch.as_tensor(task_of_class, device=logits.device), tasks))
+
+
+def tally_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor, tasks: int) -> Tensor:
+    """Counts one batch where it is: int64 `[5, tasks]` on the device, rows in the order of `TaskCounts`, to be added up over
+    batches and read once.
 
     `logits`: `[n, seen]`; `labels`: int64 `[n]` in `0..seen-1`; `task_of_class`: int64 `[>= seen]`, the task
     of each class of the stream; `tasks`: how many tasks the seen classes belong to. Among equal logits the
@@ -61,7 +72,7 @@ def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np
     all of them.
     """
     seen = logits.shape[1]
-    task_of = torch.as_tensor(task_of_class, device=logits.device)[:seen]
+    task_of = task_of_class[:seen]
     true_logit = logits.gather(1, labels[:, None])
     # Written with negations because every comparison with NaN is false.
     tie_won = (logits == true_logit) & (torch.arange(seen, device=logits.device) >= labels[:, None])
@@ -75,9 +86,9 @@ def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np
         rank < min(5, seen),
         ~(ahead & (task_of == true_task[:, None])).any(1),
         task_of[logits.argmax(1)] != true_task,
-    ]).cpu()
-    true_task = true_task.cpu()
-    return TaskCounts(*(torch.bincount(true_task[hit], minlength=tasks).tolist() for hit in per_image))
+    ])
+    tally = torch.zeros(len(per_image), tasks, dtype=torch.long, device=logits.device)
+    return tally.index_add_(1, true_task, per_image.long())
 
 
 def accuracy_matrix(counts: Sequence[TaskCounts], field: str = "top1") -> Matrix:

@@ -100,6 +100,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: allocated on the CUDA device since the reset, or resident in this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):  # Linux: ru_maxrss would begin with what the parent process had
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,0 +1,211 @@
+"""One case of `benchmarks.step`, measured in this process and printed as one line of JSON.
+
+`python -m benchmarks.case '<settings as JSON>'`; the cases are:
+
+- `step`: the project's own training step with `adapters` old adapters: learner, adapter bank, gate, head, meter and fused
+  optimizer as `main.py` makes them, on one batch that is given again and again (reading and augmenting it is
+  `benchmarks.run`'s business); then the evaluation of an image, likewise.
+- `loop`, `stacked`: the same step, the projection replaced by one of `benchmarks/references.py`.
+- `floor`: the plain timm ViT's forward and backward with nothing to train but its input; then its plain forward.
+
+Peak memory: on CUDA `max_memory_allocated` of the process. On the CPU the largest resident size of the process minus what it
+had been before the backbone was built, so that Python and its libraries are not counted and everything else is: weights,
+adapters, activations, gradients, and what the allocator keeps. It is taken after the training steps, before evaluation.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbone import create_backbone
+from benchmarks.common import GENERATED, Clock, generated_dataset, register
+from benchmarks.references import loop_layers, stacked_layers
+from models.sdlora import SDLoRA
+from trainer import build
+from utils.config import Config, config_from_dict
+from utils.progress import Progress
+from utils.rng import generator
+from utils.runtime import peak_memory, pick_device
+
+CLASSES = 10  # of the current task
+REFERENCES = {"loop": loop_layers, "stacked": stacked_layers}
+
+
+class Case(NamedTuple):
+    """What is measured. kind: "step", "loop", "stacked" or "floor"; adapters: old ones, beside the current one."""
+
+    kind: str
+    adapters: int
+    precision: str
+    backbone: str
+    batch: int
+    rank: int
+    gate: str
+    device: str
+    compile: bool
+    steps: int
+    warmup: int
+
+
+class Stopwatch:
+    """The session of a learner: notes when each optimizer step ends and asks for nothing else."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock, self.marks = Clock(device), []
+
+    def evaluate(self) -> float:
+        return 0.0
+
+    def after_step(self) -> None:
+        self.marks.append(self.clock.mark())
+
+    def median(self, warmup: int) -> float:
+        """Seconds of a step, the first `warmup` left out."""
+        return statistics.median(self.clock.differences(self.marks)[max(warmup - 1, 0):])
+
+
+def config_of(case: Case) -> Config:
+    """The case as a config of the trainer: random weights, all adapters kept, learning rates that move next to nothing."""
+    return config_from_dict({
+        "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": case.backbone, "pretrained": False,
+        "device": [case.device], "rank": case.rank, "gate": case.gate, "growth_rule": "none",
+        "batch_size": case.batch, "precision": case.precision,
+        # a reference makes new layers in every step, which would be compiled every time
+        "compile": case.compile and case.kind not in REFERENCES, "init_epoch": 1, "epochs": 1,
+        "init_lr": 1e-5, "lrate": 1e-5, "eval_every": 0})
+
+
+def learner_with(config: Config, adapters: int, device: torch.device) -> SDLoRA:
+    """The learner at the start of a task, after `adapters` tasks whose adapters look trained."""
+    register(generated_dataset(CLASSES * (adapters + 1), train=1, test=1, size=32))
+    backbone, data = build(config, config.seed[0], device)
+    learner = SDLoRA(config, data, backbone, config.seed[0], Progress(1, terminal=False))
+    for task in range(adapters):
+        add_trained(learner, task, config.rank)
+    learner.begin_task(adapters)
+    return learner
+
+
+@torch.no_grad()
+def add_trained(learner: SDLoRA, task: int, rank: int) -> None:
+    """One more stored adapter, its B random."""
+    bank = learner.bank
+    bank.add(task, rank, 1.0, 0.0, generator(learner.seed, "adapter", task))
+    drawn = torch.randn(bank.new_B.shape, generator=generator(learner.seed, "B", task)) * 0.01
+    bank.new_B.copy_(drawn)
+    bank.commit()
+
+
+def use_reference(learner: SDLoRA, layers: Callable[..., list[torch.nn.Module]]) -> None:
+    """From here on the learner's steps compute with `layers` in place of the fast projection."""
+    bank, vit = learner.bank, learner.backbone.vit
+
+    def train_step(noise: Tensor | None = None) -> Tensor:
+        beta = bank.gate(None if noise is None else noise.to(bank.gate.logits))
+        for block, layer in zip(vit.blocks, layers(bank, beta), strict=True):
+            block.attn.qkv = layer
+        return beta
+
+    bank.train_step = train_step
+
+
+def train_on(learner: SDLoRA, session: Any, images: Tensor, labels: Tensor, steps: int) -> None:
+    """`steps` steps of the learner's own training loop on one batch."""
+    def batches(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, labels) for _ in range(steps))
+
+    learner.data.train_batches = batches
+    learner.train(session)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Seconds per step and per evaluated image (medians over the steps), peak memory in bytes."""
+    device, _ = pick_device([case.device])
+    config = config_of(case)
+    torch.zeros(1, device=device).sum()
+    before = 0 if device.type == "cuda" else peak_memory(device)
+    make = _floor if case.kind == "floor" else _learner
+    train, predict, more = make(case, config, device)
+    watch = Stopwatch(device)
+    train(watch)
+    seconds, peak = watch.median(case.warmup), peak_memory(device) - before
+    result = {**case._asdict(), "step_seconds": seconds, "peak_bytes": peak, **more}
+    if predict is not None:
+        watch = Stopwatch(device)
+        with torch.no_grad():
+            for _ in range(case.warmup + case.steps):
+                predict()
+                watch.after_step()
+        result["image_seconds"] = watch.median(case.warmup) / case.batch
+    return result
+
+
+def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable | None, dict[str, Any]]:
+    learner = learner_with(config, case.adapters, device)
+    if case.kind in REFERENCES:
+        use_reference(learner, REFERENCES[case.kind])
+    images, labels = _batch(case, learner.data.image_size, device)
+    labels = labels + learner.data.task_classes(case.adapters).start
+
+    def predict() -> None:
+        learner.predict(images)
+
+    def train(watch: Stopwatch) -> None:
+        train_on(learner, watch, images, labels, case.warmup + case.steps)
+        learner.start_evaluation()
+
+    return train, predict if case.kind == "step" else None, {}
+
+
+def _floor(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable, dict[str, Any]]:
+    backbone = create_backbone(config).to(device)
+    images, _ = _batch(case, backbone.image_size, device)
+    run = torch.compile(backbone.vit) if case.compile else backbone.vit
+    pixels = images.requires_grad_()
+
+    def forward(network: Callable[[Tensor], Tensor] = run) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
+            return network(pixels)
+
+    def step(network: Callable[[Tensor], Tensor] = run) -> None:
+        forward(network).float().square().mean().backward()
+        pixels.grad = None
+
+    def train(watch: Stopwatch) -> None:
+        for _ in range(case.warmup + case.steps):
+            step()
+            watch.after_step()
+
+    more = {}
+    if device.type == "cuda":
+        with FlopCounterMode(display=False) as counter:
+            step(backbone.vit)
+        more = {"floor_flops": counter.get_total_flops(), "bf16_matmul_flops_per_second": _matmul_rate(device)}
+        torch.cuda.reset_peak_memory_stats(device)
+    return train, forward, more
+
+
+def _batch(case: Case, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    images = torch.rand(case.batch, 3, size, size, generator=stream).to(device)
+    return images, (torch.arange(case.batch) % CLASSES).to(device)
+
+
+def _matmul_rate(device: torch.device, size: int = 8192) -> float:
+    """Operations per second of a bfloat16 product of two square matrices (median of ten), two per multiply-add."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    watch = Stopwatch(device)
+    for _ in range(13):
+        torch.mm(left, right)
+        watch.after_step()
+    return 2 * size**3 / watch.median(3)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))), flush=True)

@@ -1,0 +1,158 @@
+"""Seconds and memory of one training step and one evaluated image against the number of old adapters.
+
+`python -m benchmarks.step` prints a table for 0 to 100 old adapters and writes JSON beside it. What a case is and how its
+memory is counted: `benchmarks/case.py`; definitions and the commands behind the project's figures: docs/BENCHMARKS.md.
+Every case runs in a process of its own, the cases of a repeat one after the other, so that a change in the machine's speed
+meets them all; what is printed are medians over the repeats.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOP_LIMIT = 20  # the loop keeps about half a gigabyte per adapter at batch 16; beyond, it is not run
+SKIPPED = "skipped: memory"
+Key = tuple[str, int, str]  # kind, old adapters, precision
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="auto", help='"cpu", "auto" or a CUDA device such as 0')
+    parser.add_argument("--precision", nargs="+", default=["fp32"], choices=["fp32", "bf16"],
+                        help="one or both; with both, how much faster bf16 is is printed too")
+    parser.add_argument("--backbone", default="vit_base_patch16_224", help="timm name; weights are random")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 5, 10, 20, 50, 100], help="numbers of old adapters")
+    parser.add_argument("--rank", type=int, default=10, help="rank of every adapter")
+    parser.add_argument("--gate", default="gumbel_softmax",
+                        choices=["gumbel_softmax", "gumbel_sparsemax", "sparsemax", "none"],
+                        help="the default gives every adapter a part in every step, which is the most work there can be")
+    parser.add_argument("--compile", action="store_true", help="step and floor with torch.compile; the references never")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps per process")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per case")
+    parser.add_argument("--references", nargs="*", default=["loop", "stacked"], choices=["loop", "stacked"],
+                        help="what to compare with besides the floor; none if empty")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json", help="where the JSON goes")
+    return parser.parse_args(arguments)
+
+
+def keys_of(options: argparse.Namespace) -> list[Key]:
+    """The cases of one repeat. The loop always runs in float32, and no case needs to run twice."""
+    keys: list[Key] = []
+    for precision in options.precision:
+        keys.append(("floor", 0, precision))
+        for adapters in options.adapters:
+            keys.append(("step", adapters, precision))
+            if "loop" in options.references and adapters <= LOOP_LIMIT:
+                keys.append(("loop", adapters, "fp32"))
+            if "stacked" in options.references:
+                keys.append(("stacked", adapters, precision))
+    return list(dict.fromkeys(keys))
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case `repeats` times, each in a process of its own; a case that fails is kept with its error."""
+    names = ("backbone", "batch", "rank", "gate", "device", "compile", "steps", "warmup")
+    same = {name: getattr(options, name) for name in names}
+    keys, results = keys_of(options), []
+    for repeat in range(options.repeats):
+        for number, (kind, adapters, precision) in enumerate(keys, 1):
+            case = {**same, "kind": kind, "adapters": adapters, "precision": precision}
+            print(f"repeat {repeat + 1}/{options.repeats}, case {number}/{len(keys)}: {kind}, {adapters} old adapters, "
+                  f"{precision}", file=sys.stderr, flush=True)
+            done = subprocess.run([sys.executable, "-m", "benchmarks.case", json.dumps(case)], cwd=ROOT, text=True,
+                                  capture_output=True)
+            if done.returncode == 0:
+                results.append(json.loads(done.stdout.splitlines()[-1]))
+            else:
+                reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+                print(f"  failed: {reason}", file=sys.stderr, flush=True)
+                results.append({**case, "error": reason})
+    return results
+
+
+def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Medians per case, and the rows of the table: one per precision and number of old adapters."""
+    found: dict[Key, dict[str, float]] = {}
+    for key in keys_of(options):
+        mine = [r for r in results if (r["kind"], r["adapters"], r["precision"]) == key and "error" not in r]
+        if mine:
+            names = ("step_seconds", "image_seconds", "peak_bytes", "floor_flops", "bf16_matmul_flops_per_second")
+            found[key] = {name: statistics.median(r[name] for r in mine) for name in names if name in mine[0]}
+    rows = [_row(found, options, precision, adapters) for precision in options.precision for adapters in options.adapters]
+    return {"rows": rows, "floors": {p: found.get(("floor", 0, p)) for p in options.precision},
+            "bf16_speedup": {str(a): _ratio(found, "step_seconds", ("step", a, "fp32"), ("step", a, "bf16"))
+                             for a in options.adapters} if len(set(options.precision)) == 2 else {}}
+
+
+def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precision: str, adapters: int) -> dict[str, Any]:
+    step, floor, base = ("step", adapters, precision), ("floor", 0, precision), ("step", 0, precision)
+    row = {"precision": precision, "adapters": adapters}
+    row |= {name: found.get(step, {}).get(name) for name in ("step_seconds", "image_seconds", "peak_bytes")}
+    row["step_over_floor"] = _ratio(found, "step_seconds", step, floor)
+    row["memory_over_none"] = _ratio(found, "peak_bytes", step, base)
+    row["evaluation_over_timm"] = _ratio(found, "image_seconds", step, floor)
+    for kind in options.references:
+        other = (kind, adapters, "fp32" if kind == "loop" else precision)
+        missing = SKIPPED if kind == "loop" and adapters > LOOP_LIMIT else None
+        row[f"{kind}_over_step"] = _ratio(found, "step_seconds", other, step) or missing
+        row[f"memory_over_{kind}"] = _ratio(found, "peak_bytes", step, other) or missing
+    reached = found.get(floor, {})
+    if "floor_flops" in reached and row["step_seconds"]:
+        rate = reached["floor_flops"] / row["step_seconds"]
+        row["rate_over_matmul"] = rate / reached["bf16_matmul_flops_per_second"]
+    return row
+
+
+def _ratio(found: dict[Key, dict[str, float]], name: str, over: Key, under: Key) -> float | None:
+    values = found.get(over, {}).get(name), found.get(under, {}).get(name)
+    return values[0] / values[1] if all(values) else None
+
+
+TITLES = {"precision": "precision", "adapters": "old adapters", "step_seconds": "s/step", "step_over_floor": "step / floor",
+          "loop_over_step": "loop / step", "stacked_over_step": "stacked / step", "peak_bytes": "peak GiB",
+          "memory_over_none": "peak / at 0", "memory_over_loop": "peak / loop's", "memory_over_stacked": "peak / stacked's",
+          "image_seconds": "s/evaluated image", "evaluation_over_timm": "evaluation / timm",
+          "rate_over_matmul": "rate / bf16 matmul"}
+
+
+def shown(summary: dict[str, Any]) -> str:
+    """The table, then the floor and how much faster bf16 is."""
+    from benchmarks.common import table
+
+    rows = [{**row, "peak_bytes": row["peak_bytes"] and row["peak_bytes"] / 2**30} for row in summary["rows"]]
+    columns = [name for name in TITLES if any(name in row for row in rows)]
+    lines = [table([TITLES[name] for name in columns], [[row.get(name) for name in columns] for row in rows])]
+    for precision, floor in summary["floors"].items():
+        if floor:
+            lines.append(f"floor, {precision}: {floor['step_seconds']:.4g} s/step, {floor['peak_bytes'] / 2**30:.3g} GiB, "
+                         f"plain timm ViT {floor['image_seconds']:.4g} s/image")
+    lines += [f"bf16 at {adapters} old adapters: {ratio:.3g} times as fast as fp32"
+              for adapters, ratio in summary["bf16_speedup"].items() if ratio]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes; 1 if a case failed."""
+    options = parse(arguments)
+    results = measure(options)
+    summary = summarize(results, options)
+    from benchmarks.common import record_of, write_record  # loads torch, which a process that only waits does not need
+    from utils.runtime import pick_device
+
+    print(shown(summary), flush=True)
+    settings = {**vars(options), "output": str(options.output)}
+    record = record_of(pick_device([options.device])[0], "benchmarks.step", settings)
+    write_record(options.output, {**record, **summary, "cases": results})
+    return int(any("error" in result for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""benchmarks/: the commands end to end on the embedded backbone, and the references they compare with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from backbone.embedded import EMBEDDED
+from benchmarks import case, run, step, stream
+from benchmarks.references import loop_layers, stacked_layers
+from tests.learners import in_float64
+from utils.rng import generator
+
+SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax", "device": "cpu",
+         "compile": False, "steps": 1, "warmup": 1}
+
+
+class NoSession:
+    def evaluate(self) -> float:
+        return 0.0
+
+    def after_step(self) -> None:
+        pass
+
+
+def one_step(layers=None, old: int = 3, gate: str = "gumbel_softmax") -> tuple[dict[str, Tensor], object]:
+    """Everything that one step of the project's training loop moves, in float64; momentum's first buffer is the gradient."""
+    config = case.config_of(case.Case("step", old, **{**SMALL, "gate": gate}))
+    learner = case.learner_with(config, old, torch.device("cpu"))
+    in_float64(learner)
+    learner.bank.new_B.data.copy_(torch.randn(learner.bank.new_B.shape, generator=generator(0, "B")) * 0.1)
+    if layers is not None:
+        case.use_reference(learner, layers)
+    images = torch.rand(2, 3, 32, 32, generator=generator(0, "x"), dtype=torch.float64)
+    classes = learner.data.task_classes(old)
+    case.train_on(learner, NoSession(), images, torch.tensor([classes.start, classes.start + 4]), 1)
+    names = {"alpha": learner.bank.alpha, "logits": learner.gate.logits, "A": learner.bank.new_A, "B": learner.bank.new_B,
+             "head": learner.head.new_weight}
+    moved = {name: learner._optimizer.state[p]["momentum_buffer"] for name, p in names.items() if p.requires_grad}
+    return moved, learner
+
+
+@pytest.mark.parametrize("layers", [loop_layers, stacked_layers])
+@pytest.mark.parametrize("old", [0, 3])
+def test_references_take_the_same_step(layers, old: int) -> None:
+    losses = []
+
+    def noted(bank, beta):
+        losses.append(beta)
+        return layers(bank, beta)
+
+    fast, _ = one_step(old=old)
+    plain, _ = one_step(noted, old=old)
+    assert losses, "the reference was not used"
+    for name in fast:
+        assert torch.allclose(fast[name], plain[name], rtol=1e-10, atol=1e-10), name
+        assert old == 0 and name in ("alpha", "logits") or fast[name].abs().max() > 1e-8, name
+
+
+@pytest.mark.parametrize("kind", ["step", "loop", "stacked", "floor"])
+def test_a_case_measures_time_and_memory(kind: str) -> None:
+    result = case.measure(case.Case(kind, 2, **SMALL))
+    assert result["step_seconds"] > 0 and result["kind"] == kind
+    assert result["peak_bytes"] >= 0  # this process had more before; in one of its own it is above 0, see below
+    assert ("image_seconds" in result) == (kind in ("step", "floor"))
+
+
+def test_the_step_command_prints_a_table_and_writes_json(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "new" / "step.json"
+    arguments = ["--backbone", EMBEDDED, "--adapters", "0", "--batch", "2", "--rank", "2", "--steps", "1", "--warmup", "1",
+                 "--repeats", "1", "--references", "--device", "cpu", "--output", str(path)]
+    assert step.main(arguments) == 0
+    record = json.loads(path.read_text())
+    row, = record["rows"]
+    assert row["adapters"] == 0 and row["memory_over_none"] == 1
+    assert row["step_over_floor"] == pytest.approx(row["step_seconds"] / record["floors"]["fp32"]["step_seconds"])
+    assert all(entry["peak_bytes"] > 2**20 for entry in record["cases"])
+    assert {"command", "settings", "hardware", "versions"} <= set(record)
+    assert "step / floor" in capsys.readouterr().out
+
+
+def fake(kind: str, adapters: int, seconds: float, precision: str = "fp32") -> dict:
+    return {"kind": kind, "adapters": adapters, "precision": precision, "step_seconds": seconds, "peak_bytes": 100 * seconds,
+            "image_seconds": seconds / 10}
+
+
+def test_summary_is_of_medians_and_says_what_was_left_out() -> None:
+    options = step.parse(["--adapters", "0", "50", "--precision", "fp32", "bf16", "--references", "loop"])
+    assert ("loop", 50, "fp32") not in step.keys_of(options) and step.keys_of(options).count(("loop", 0, "fp32")) == 1
+    results = [fake("floor", 0, s) for s in (1.0, 2.0, 9.0)] + [fake("step", 0, 2.2), fake("step", 50, 3.0)]
+    results += [fake("loop", 0, 4.4), fake("step", 50, 1.5, "bf16"), {**fake("step", 0, 1.0, "bf16"), "error": "killed"}]
+    summary = step.summarize(results, options)
+    first, second, *_ = summary["rows"]
+    assert first["step_over_floor"] == pytest.approx(1.1) and first["loop_over_step"] == pytest.approx(2)
+    assert second["loop_over_step"] == second["memory_over_loop"] == step.SKIPPED
+    assert second["memory_over_none"] == pytest.approx(3 / 2.2)
+    assert summary["bf16_speedup"] == {"0": None, "50": 2.0}
+    assert "skipped: memory" in step.shown(summary) and "2 times as fast" in step.shown(summary)
+
+
+def test_the_run_command_accounts_for_all_of_the_time(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "run.json"
+    assert run.main(["--backbone", EMBEDDED, "--tasks", "2", "--classes", "4", "--images", "24", "--epochs", "2",
+                     "--batch", "8", "--rank", "2", "--device", "cpu", "--output", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert set(record["parts"]) == {"data", "forward and backward", "optimizer", "evaluation", "saving", "other"}
+    assert all(seconds > 0 for seconds in record["parts"].values())
+    assert sum(record["parts"].values()) == pytest.approx(record["seconds"])
+    assert [task["steps"] for task in record["tasks"]] == [4, 4], "12 images in batches of 8, twice"
+    assert "forward and backward" in capsys.readouterr().out
+
+
+def test_the_stream_command_compares_every_task_with_the_first(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "stream.json"
+    assert stream.main(["--tasks", "3", "--images", "4", "--epochs", "1", "--batch", "4", "--rank", "2", "--device", "cpu",
+                        "--output", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert [row["task"] for row in record["tasks"]] == [0, 1, 2] and record["tasks"][0]["over_first"] == 1
+    assert "of 3 tasks within 15 percent" in capsys.readouterr().out
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a CUDA device: values read back, and shapes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        for name in ("tolist", "numpy", "cpu"):
+            original = getattr(Tensor, name)
+            monkeypatch.setattr(Tensor, name, lambda tensor, *a, name=name, original=original, **k:
+                                (self.seen.append(name), original(tensor, *a, **k))[1])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
+        if name in self.NAMES or masks:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", ["gumbel_sparsemax", "none"])
+def test_no_step_waits_for_the_device(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, learner = one_step(gate=gate)
+    learner.bank.skip_silent = False  # as on CUDA
+    images, labels = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([30, 34])
+    with Waits(monkeypatch) as waits:
+        for number in range(1, 3):
+            learner._step(number, images, labels, learner._place.meter)
+        assert waits.seen == []
+        learner._place.meter.read()
+        learner.describe()
+        torch.ones(2)[torch.ones(2) > 0]
+        assert waits.seen[0] == "tolist" and "index" in waits.seen, "the test sees a wait where there is one"
