@@ -23,6 +23,12 @@ class FrozenViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
 
+    def early_tokens(self, images: Tensor) -> Tensor:
+        """Patch tokens `[b, n, d]` after the first sixth of the blocks: what an image looks like rather than what it shows."""
+        block = max(1, len(self.vit.blocks) // 6) - 1
+        return self.vit.forward_intermediates(
+            images, indices=[block], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True)[0]
+
 
 def create_backbone(config: Config, seed: int | None = None) -> FrozenViT:
     """The frozen ViT that `config` names; `seed` (default: the config's first) makes random weights reproducible."""

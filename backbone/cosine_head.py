@@ -27,6 +27,9 @@ class CosineHead(GrowingHead):
         super().grow(classes, generator)
         self.new_bias = None
 
+    def clear(self) -> None:
+        """Rows are directions here, all of one length: they stay as they are."""
+
     @torch.no_grad()
     def commit(self) -> None:
         super().commit()

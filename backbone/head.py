@@ -49,6 +49,13 @@ class GrowingHead(nn.Module):
         self.new_weight = nn.Parameter(rows[:, :-1].contiguous().to(self.weight))
         self.new_bias = nn.Parameter(rows[:, -1].contiguous().to(self.bias))
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """The current task's rows start from 0."""
+        self.new_weight.zero_()
+        if self.new_bias is not None:
+            self.new_bias.zero_()
+
     def trainable(self) -> list[nn.Parameter]:
         """What the current task trains of the head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -91,12 +91,17 @@ class Keys:
             [] if self.scatter is None else [self.scatter])
 
     def state(self) -> dict:
+        """Everything, as tensors and plain values; `load` takes it back."""
         return {"keys": {task: (key.classes, key.mean, key.scatter) for task, key in self.of.items()},
                 "scatter": self.scatter, "freedom": self.freedom}
 
-    def load(self, state: dict) -> None:
-        self.of = {task: Key(*parts) for task, parts in state["keys"].items()}
+    def load(self, state: dict, device: torch.device) -> None:
+        """The keys as they were at `state`."""
+        self.of = {task: Key(classes, mean.to(device), scatter.to(device))
+                   for task, (classes, mean, scatter) in state["keys"].items()}
         self.scatter, self.freedom = state["scatter"], state["freedom"]
+        if self.scatter is not None:
+            self.scatter = self.scatter.to(device)
 
     def _within(self, new: Key) -> tuple[Tensor, int]:
         before = 0 if self.scatter is None else self.scatter

@@ -52,7 +52,7 @@ class AdapterBank(nn.Module):
         self.tasks: list[int] = []
         self.ranks: list[int] = []
         depth, width = len(layers), layers[0].weight.shape[1]
-        self.alpha = nn.Parameter(torch.zeros(self._alpha_shape(0)))
+        self.alpha = self._magnitude(torch.zeros(self._alpha_shape(0)))
         self.register_buffer("A", torch.zeros(depth, 2, 0, width))  # stored directions, stacked along the rank
         self.register_buffer("B", torch.zeros(depth, 2, width, 0))
         self.register_buffer("scale", torch.ones(0, depth, 2))  # fixed factor of each magnitude; 1 for gated methods
@@ -101,7 +101,7 @@ class AdapterBank(nn.Module):
         if self.current is not None and self.current not in tasks:
             self.new_A = self.new_B = None
         self.scale, self.product_ratio, self.absorbed = self.scale[keep], self.product_ratio[keep], self.absorbed[keep]
-        self.alpha = nn.Parameter(self.alpha[keep])
+        self.alpha = self._magnitude(self.alpha[keep])
         self.gate.replace(self.gate.logits[keep])
         self.tasks = [self.tasks[i] for i in keep]
         self.ranks = [self.ranks[i] for i in keep]
@@ -179,6 +179,13 @@ class AdapterBank(nn.Module):
             layer.operands = None
             layer.merge(operand)
 
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The frozen network alone, until the next merge."""
+        for layer in self.layers:
+            layer.operands = None
+            layer.merge(None)
+
     def _operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
         """One block's projection each; `columns` picks some of the R stored rank-one terms, None takes all."""
         coefficients = self.gate.scale * beta[:, None, None] * self.magnitudes()  # [n, L, 2]
@@ -229,7 +236,7 @@ class AdapterBank(nn.Module):
         """The bank as it was at `snapshot`."""
         for name in self._FIXED:
             setattr(self, name, state[name].to(self.A, copy=True))
-        self.alpha = nn.Parameter(state["alpha"].to(self.A, copy=True))
+        self.alpha = self._magnitude(state["alpha"].to(self.A, copy=True))
         for name in ("new_A", "new_B"):
             setattr(self, name, None if state[name] is None else nn.Parameter(state[name].to(self.A, copy=True)))
         self.gate.replace(state["logits"].to(self.A))
@@ -238,7 +245,7 @@ class AdapterBank(nn.Module):
     def _append(self, task: int, rank: int, alpha: Tensor, logit: float) -> None:
         self.tasks.append(task)
         self.ranks.append(rank)
-        self.alpha = nn.Parameter(torch.cat([self.alpha, alpha]))
+        self.alpha = self._magnitude(torch.cat([self.alpha, alpha]))
         self.gate.replace(torch.cat([self.gate.logits, self.gate.logits.new_full((1,), logit)]))
         for name, value in (("scale", 1), ("product_ratio", 1), ("absorbed", 0)):
             factor = getattr(self, name)
@@ -256,6 +263,10 @@ class AdapterBank(nn.Module):
     def _stops(self, count: int) -> list[int]:
         """End column of each of the first `count` adapters in the stack along the rank."""
         return torch.tensor(self.ranks[:count], dtype=torch.long).cumsum(0).tolist()
+
+    def _magnitude(self, alpha: Tensor) -> nn.Parameter:
+        """Fixed for a gate that decides early: A and B carry the newcomer's magnitude until commit moves it here."""
+        return nn.Parameter(alpha.detach(), requires_grad=not self.gate.early)
 
     def _alpha_shape(self, count: int) -> tuple[int, ...]:
         return (count, self.depth, 2) if self.alpha_scope == "layer" else (count,)

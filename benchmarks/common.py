@@ -29,7 +29,7 @@ def generated_dataset(classes: int, train: int, test: int, size: int) -> Dataset
 
 def register(dataset: Dataset) -> None:
     """Lets a config of this process name `dataset` as any other data set, so that the trainer's own code runs on it."""
-    DATASETS[GENERATED] = lambda path: dataset
+    DATASETS[GENERATED] = lambda path, seed: dataset
 
 
 class Clock:

@@ -15,7 +15,7 @@ from utils import distributed
 from utils.errors import UserError
 
 GATE_KEYS = frozenset({
-    "gate_lr", "gate", "gate_compensation", "gate_noise", "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate",
+    "gate_lr", "gate", "gate_compensation", "gate_noise", "gate_price", "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate",
     "lambda_sparsity"})
 GROWTH_KEYS = frozenset({
     "growth_rule", "growth_threshold", "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs"})

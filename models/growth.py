@@ -8,16 +8,19 @@ from torch import Tensor
 
 from backbone.lora import AdapterBank, frobenius_norm
 from utils.config import Config
+from utils.rng import generator
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a rule may look at: `beta` `[n]` at `tau_final` without noise, the bank, and, when asked for, the held-out loss
-    (with, without) the current adapter, the new head rows fitted both times."""
+    (with, without) the current adapter, the new head rows fitted both times. seed and nb_tasks: those of the stream."""
 
     beta: Tensor
     bank: AdapterBank
     held_out_losses: Callable[[], tuple[float, float]]
+    seed: int
+    nb_tasks: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,18 @@ def by_residual(config: Config, evidence: Evidence) -> Decision:
     return Decision(_with_current(bank, kept), largest, config.kd_residual, refit=False)
 
 
+def by_chance(config: Config, evidence: Evidence) -> Decision:
+    """A control: task 0 and `growth_topk - 1` others, drawn from the seed, whatever they are worth."""
+    others = torch.randperm(evidence.nb_tasks - 1, generator=generator(evidence.seed, "growth")) + 1
+    drawn = others[:config.growth_topk - 1].tolist()
+    return Decision(_with_current(evidence.bank, evidence.bank.current in drawn), limit=float(config.growth_topk))
+
+
+def by_order(config: Config, evidence: Evidence) -> Decision:
+    """A control: the first `growth_topk` tasks."""
+    return Decision(_with_current(evidence.bank, evidence.bank.current < config.growth_topk), limit=float(config.growth_topk))
+
+
 def keep_all(config: Config, evidence: Evidence) -> Decision:
     """No pruning."""
     return Decision(list(evidence.bank.tasks))
@@ -78,6 +93,8 @@ RULES: dict[str, Callable[[Config, Evidence], Decision]] = {
     "topk": by_rank,
     "val_loss": by_held_out_loss,
     "kd": by_residual,
+    "random": by_chance,
+    "first_k": by_order,
     "none": keep_all,
 }
 

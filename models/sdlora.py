@@ -1,5 +1,6 @@
 """Gumbel CL-LoRA, and SD-LoRA as gate "none": one adapter per task, a gate over all of them, growth on merit."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.gates import GATES
+from backbone.keys import Key, Keys, token_statistics
 from backbone.lora import AdapterBank, inject
 from models.artifacts import beta_record, save_task
 from models.base import Session, TaskReport
@@ -39,11 +41,13 @@ class SDLoRA(GradientLearner):
                             f"rank between 1 and {self.bank.width}.")
         self.pruned: set[int] = set()
         self.decision_beta = torch.zeros(0)
+        self.keys = Keys()
+        self._decision: Decision | None = None  # that of the current task, if it has been taken already
         self._beta: Tensor | None = None
 
     def announce(self) -> None:
         config = self.config
-        if self.gate.gated:
+        if self.gate.learned:
             LOGGER.info(f"[Gumbel CL-LoRA] tau_init={config.gumbel_tau_init}, tau_final={config.gumbel_tau_final}, "
                         f"anneal_rate={config.gumbel_anneal_rate}, lambda_sparsity={config.lambda_sparsity}")
 
@@ -56,24 +60,55 @@ class SDLoRA(GradientLearner):
         super().begin_task(task)
         config = self.config
         first = task == 0
+        self._decision = None
         before = None if first else self.gate(tau=config.gumbel_tau_final)
         logit = 0.0 if first else self.gate.newcomer_logit(config.gumbel_tau_final)
         if not self.gate.gated:
             self.bank.reset_magnitudes(config.init_alpha)
         self.bank.add(task, rank_of(config, task), config.init_alpha, logit, generator(self.seed, "adapter", task))
         self.gate.set_temperature(config.gumbel_tau_init)
-        if self.gate.gated and config.gate_compensation and not first:
+        if self.gate.early:
+            self._decide_on_evidence()
+        elif self.gate.gated and config.gate_compensation and not first:
             after = self.gate()
             self.bank.rescale(torch.cat([before, after[-1:]]), after)
         self.bank.merge()
+
+    def _decide_on_evidence(self) -> None:
+        """Takes the growth decision before training: a task that needs no adapter of its own trains its head rows alone."""
+        new = Key.of(self._class_statistics())
+        shifts = self.keys.shifts(new)
+        self.gate.weigh([shifts[task] for task in self.bank.tasks[:-1]], self.config.gate_price)
+        self._decision, beta = self._conditional_growth_decision()
+        self._settle(self._decision, beta)
+        self.keys.learn(self.task, new, None if self.bank.current == self.task else min(shifts, key=shifts.get))
+        if self.bank.current is None:
+            self.head.clear()  # rows are fitted to a network that stays as it is: they start alike in every task
+
+    def _class_statistics(self) -> Tensor:
+        """Mean statistics `[c, p]` of the current task's classes as the frozen network sees its training images."""
+        classes = self.data.task_classes(self.task)
+        self.bank.unmerge()
+        sums, counts = None, torch.zeros(len(classes), dtype=torch.float64, device=self.device)
+        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
+            statistics = token_statistics(self.backbone.early_tokens(images))
+            members = F.one_hot(labels - classes.start, len(classes)).to(statistics)  # [b, c]: sums in a fixed order
+            batch = members.T @ statistics
+            sums = batch if sums is None else sums + batch
+            counts += members.sum(0)
+        distributed.add_up(sums, counts)
+        return sums / counts[:, None]
 
     # ---- train
 
     def groups(self) -> list[dict]:
         config, bank, base = self.config, self.bank, learning_rate(self.config, self.task)
-        factors = [bank.new_A, bank.new_B, *self.head.trainable()]
-        groups = [{"params": factors}, {"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0}]
-        if self.gate.gated:
+        if bank.current is None:
+            return [{"params": self.head.trainable()}]
+        groups = [{"params": [bank.new_A, bank.new_B]}, {"params": self.head.trainable(), "lr": _or(config.head_lr, base)}]
+        if bank.alpha.requires_grad:
+            groups.append({"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0})
+        if self.gate.learned:
             groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
         return groups
 
@@ -82,13 +117,15 @@ class SDLoRA(GradientLearner):
         steps = epochs_of(config, self.task) * self.data.steps_per_epoch(self.task, config.batch_size)
         self.schedule = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
         self.schedule.reset(self._place.step)
-        if self.gate.gated and (warning := self.schedule.warning()):
+        if self.gate.learned and (warning := self.schedule.warning()):
             LOGGER.warning(warning)
         super().train(session)
 
     def before_step(self, step: int) -> Tensor | None:
         """One temperature, one draw of noise and one merge per optimizer step, shared by all blocks and projections."""
-        if not self.gate.gated:
+        if self.bank.current is None:  # the network stays as begin_task merged it
+            return None
+        if not self.gate.learned:
             self.bank.train_step()
             return None
         self.schedule.reset(step)
@@ -110,14 +147,14 @@ class SDLoRA(GradientLearner):
         self.bank.merge()
 
     def describe(self) -> dict[str, float]:
-        return {"tau": self.gate.tau.item()} if self.gate.gated else {}
+        return {"tau": self.gate.tau.item()} if self.gate.learned else {}
 
     def advice(self) -> str:
-        gate = ", or raise gumbel_tau_final" if self.gate.gated else ""
+        gate = ", or raise gumbel_tau_final" if self.gate.learned else ""
         return f"lower init_lr, lrate or alpha_lr{gate}"
 
     def _loss_parts(self, means: dict[str, float]) -> str:
-        if not self.gate.gated or self.task == 0:
+        if not self.gate.learned or self.task == 0:
             return ""
         return f" (clf={means['clf']:.3f}, sparse={means['sparse']:.3f})"
 
@@ -129,12 +166,16 @@ class SDLoRA(GradientLearner):
     @torch.no_grad()
     def end_task(self) -> TaskReport:
         config, bank, task = self.config, self.bank, self.task
-        decision, beta = self._conditional_growth_decision()
-        evicted = [t for t in bank.tasks if t not in decision.keep and t != task]
+        decision, evicted = self._decision, []
+        if decision is None:
+            decision, beta = self._conditional_growth_decision()
+            evicted = [t for t in bank.tasks if t not in decision.keep and t != task]
+            self._settle(decision, beta)
         kept = task in decision.keep
-        self._settle(decision, beta)
         if kept:
             bank.commit()
+        if kept and self.gate.early:
+            self._refit_rows()
         super().end_task()
         for line in growth_lines(task, self.decision_beta.tolist(), rule=config.growth_rule, kept=kept, evicted=evicted,
                                  active=len(bank.tasks), total=task + 1, limit=decision.limit, value=decision.value):
@@ -144,12 +185,20 @@ class SDLoRA(GradientLearner):
                           active_adapters=len(bank.tasks),
                           numbers={} if decision.value is None else {config.growth_rule: decision.value})
 
+    def _refit_rows(self) -> None:
+        """Fits the new head rows anew, from 0, to the network that the trained adapter has left: rows that have grown with an
+        adapter outshout those of tasks that trained rows alone."""
+        self.head.clear()
+        with torch.enable_grad():
+            self.refit_head(epochs_of(self.config, self.task), scheduled=True)
+
     def _conditional_growth_decision(self) -> tuple[Decision, Tensor]:
         """What the growth rule decides, and the gate weights `[n]` at `tau_final` without noise that it read."""
         self.gate.set_temperature(self.config.gumbel_tau_final)
-        beta = self.gate()
+        beta = self.gate.decide()
         self.decision_beta = beta_record(beta, self.bank.tasks, self.task)
-        return RULES[self.config.growth_rule](self.config, Evidence(beta, self.bank, self._held_out_losses)), beta
+        evidence = Evidence(beta, self.bank, self._held_out_losses, self.seed, self.data.nb_tasks)
+        return RULES[self.config.growth_rule](self.config, evidence), beta
 
     def _settle(self, decision: Decision, beta: Tensor) -> None:
         """Without the dropped adapters: gate weights renormalise, products `beta_i alpha_i` stay, new head rows are refit."""
@@ -159,6 +208,8 @@ class SDLoRA(GradientLearner):
         before = beta[[i for i, t in enumerate(self.bank.tasks) if t in decision.keep]]
         self.bank.keep_only(decision.keep)
         self.pruned |= dropped
+        if self._decision is not None:  # taken before training: there is nothing to preserve yet
+            return
         if self.gate.gated:
             self.bank.rescale(before, self.gate())
         if decision.refit:
@@ -211,14 +262,20 @@ class SDLoRA(GradientLearner):
     def modules(self) -> list[nn.Module]:
         return [self.bank, self.head]
 
+    def stored_tensors(self) -> list[Tensor]:
+        return [*super().stored_tensors(), *self.keys.tensors()]
+
     def state(self) -> dict[str, Any]:
         return {**super().state(), "bank": self.bank.snapshot(), "pruned": sorted(self.pruned),
-                "decision_beta": self.decision_beta, "tau": self.gate.tau.item()}
+                "decision_beta": self.decision_beta, "tau": self.gate.tau.item(), "keys": self.keys.state(),
+                "decision": None if self._decision is None else asdict(self._decision)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.pruned, self.decision_beta = set(state["pruned"]), state["decision_beta"]
         self.bank.restore(state["bank"])
+        self.keys.load(state["keys"], self.device)
+        self._decision = None if state["decision"] is None else Decision(**state["decision"])
         self.gate.set_temperature(state["tau"])
         self.bank.merge()
 

@@ -202,13 +202,16 @@ class GradientLearner(BaseLearner):
     def predict(self, images: Tensor) -> Tensor:
         return self.head(self.embed(images))
 
-    def refit_head(self, epochs: int) -> None:
-        """Fits the current task's head rows to the network as it now is, everything else fixed."""
+    def refit_head(self, epochs: int, scheduled: bool = False) -> None:
+        """Fits the current task's head rows to the network as it now is, everything else fixed; `scheduled`: with the learning
+        rate falling as in training."""
         optimizer = make_optimizer(self.config, [{"params": self.head.trainable()}], self.task)
         start = self.data.task_classes(self.task).start
         self.start_evaluation()
         for epoch in range(epochs):
             first = epochs_of(self.config, self.task)
+            for group in optimizer.param_groups if scheduled else []:
+                group["lr"] = group["initial_lr"] * schedule_factor(self.config, self.task, epoch)
             batches = self.data.train_batches(self.task, first + epoch, self.config.batch_size, part=distributed.part())
             for batch, (images, labels) in enumerate(batches):
                 if len(labels):

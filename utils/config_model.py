@@ -202,6 +202,13 @@ class Config(BaseModel):
     )
     init_lr: float = _optim(0.01, "Learning rate in the first task.", gt=0)
     lrate: float = _optim(0.01, "Learning rate in every later task.", gt=0)
+    head_lr: float | None = _optim(
+        None,
+        "Learning rate of the head's new rows while an adapter is trained with them. A higher one than the adapter's lets the "
+        "adapter learn from rows that mean something.",
+        unset="the task's learning rate",
+        gt=0,
+    )
     alpha_lr: float | None = _optim(
         None, "Learning rate of the magnitudes; 0 freezes them.", unset="the task's learning rate", ge=0
     )
@@ -267,10 +274,16 @@ class Config(BaseModel):
         allowed='a number above 0, or "auto"',
     )
 
-    gate: Literal["gumbel_sparsemax", "sparsemax", "gumbel_softmax", "none"] = _gate(
+    gate: Literal["gumbel_sparsemax", "sparsemax", "gumbel_softmax", "evidence", "none"] = _gate(
         "gumbel_sparsemax",
-        'How the adapters are weighted. `"sparsemax"` draws no noise, `"gumbel_softmax"` has no exact zeros, '
-        '`"none"` is SD-LoRA: every adapter active.',
+        'How the adapters are weighted. `"sparsemax"` draws no noise, `"gumbel_softmax"` has no exact zeros, `"evidence"` '
+        'decides before a task is trained, from what its images look like, `"none"` is SD-LoRA: every adapter active.',
+    )
+    gate_price: float = _gate(
+        3.0,
+        'Gate `"evidence"`: how far images must have moved (an F ratio, about 1 for none) for a new adapter to weigh as much '
+        "as the nearest old one.",
+        gt=0,
     )
     gate_compensation: bool = _gate(
         True,
@@ -299,17 +312,20 @@ class Config(BaseModel):
         ge=0,
     )
 
-    growth_rule: Literal["threshold", "topk", "val_loss", "kd", "none"] | None = _growth(
+    growth_rule: Literal["threshold", "topk", "val_loss", "kd", "random", "first_k", "none"] | None = _growth(
         None,
         'Which adapters stay: `"threshold"` (gate weight above `growth_threshold`), `"topk"` (the '
         '`growth_topk` largest gate weights), `"val_loss"` (held-out loss gains from it), `"kd"` '
-        '(SD-LoRA-KD, with gate `"none"` only), `"none"` (all).',
+        '(SD-LoRA-KD, with gate `"none"` only), `"none"` (all); controls are `"random"` (`growth_topk` tasks drawn from the '
+        'seed, the first among them) and `"first_k"` (the first `growth_topk` tasks).',
         unset='`"threshold"`; `"none"` for gate `"none"`',
     )
     growth_threshold: float = _growth(
         0.1, 'Gate weight that `"threshold"` wants exceeded; high prunes more.', ge=0, le=1
     )
-    growth_topk: int = _growth(5, 'Adapters that `"topk"` keeps, the first task\'s included.', ge=1)
+    growth_topk: int = _growth(
+        5, 'Adapters that `"topk"`, `"random"` and `"first_k"` keep, the first task\'s included.', ge=1
+    )
     growth_margin: float = _growth(
         0.05, 'Relative gain in held-out loss that `"val_loss"` wants exceeded: 0.05 is 5 %.'
     )

@@ -169,6 +169,10 @@ def contradictions(config: BaseModel) -> Iterator[str]:
     if config.gumbel_tau_final > config.gumbel_tau_init:
         yield _above(config, "gumbel_tau_final", "gumbel_tau_init", "the temperature can only fall")
     yield from _without_gate(config) if config.gate == "none" else _with_gate(config)
+    if config.gate == "evidence":
+        yield from _with_evidence(config)
+    elif config.gate_price != default_value(config, "gate_price"):
+        yield f"'gate_price' is {show(config.gate_price)} but 'gate' is {show(config.gate)}; it belongs to gate \"evidence\""
 
 
 def _above(config: BaseModel, key: str, limit: str, reason: str) -> str:
@@ -182,6 +186,16 @@ def _with_gate(config: BaseModel) -> Iterator[str]:
     if config.gate == "sparsemax" and config.gate_noise != default_value(config, "gate_noise"):
         noise = show(config.gate_noise)
         yield f"'gate_noise' is {noise} but 'gate' is \"sparsemax\", which has none; leave out 'gate_noise'"
+
+
+def _with_evidence(config: BaseModel) -> Iterator[str]:
+    if config.growth_rule in ("topk", "val_loss"):
+        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; choose "
+               "\"threshold\"")
+    for key in (*_GATE_KEYS, "alpha_lr"):
+        value = getattr(config, key)
+        if key != "gumbel_tau_final" and value != default_value(config, key) and not (key == "lambda_sparsity" and value == 0):
+            yield f"'{key}' is {show(value)} but 'gate' is \"evidence\", where it has no effect; leave out '{key}'"
 
 
 def _without_gate(config: BaseModel) -> Iterator[str]:

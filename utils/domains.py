@@ -20,7 +20,7 @@ from utils.rng import uniforms
 
 DRAWS = 64  # uniform numbers that every domain may use for an image
 
-_DOTS = 16  # disks that `dots` paints, three numbers each
+_DOTS = 10  # disks that `dots` paints, three numbers each
 
 
 def plain(images: Tensor, u: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def grating(images: Tensor, u: Tensor) -> Tensor:
     y, x = _grid(images)
     angle, periods = math.pi * u[:, :1, None], 4 + 2 * u[:, 1:2, None]
     wave = torch.sin(2 * math.pi * (periods * (x * angle.cos() + y * angle.sin()) + u[:, 2:3, None]))
-    return torch.maximum(images, 0.35 + 0.35 * wave[:, None])
+    return torch.maximum(images, 0.25 + 0.25 * wave[:, None])
 
 
 def dots(images: Tensor, u: Tensor) -> Tensor:
-    """Gray disks cover parts of it: 16 of them, of a radius between one sixteenth and one ninth of the width."""
+    """Gray disks cover parts of it: ten of them, of a radius between one sixteenth and one ninth of the width."""
     y, x = _grid(images)
-    column, row, size = u[:, : 3 * _DOTS, None, None].unflatten(1, (3, _DOTS)).unbind(1)  # [n, 16, 1, 1] each
+    column, row, size = u[:, : 3 * _DOTS, None, None].unflatten(1, (3, _DOTS)).unbind(1)  # [n, 10, 1, 1] each
     radius = 1 / 16 + (1 / 9 - 1 / 16) * size
     covered = ((x - column) ** 2 + (y - row) ** 2 < radius**2).any(1, keepdim=True)
     return torch.where(covered, 0.5, images)
