@@ -21,10 +21,11 @@ from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data_manager import DataManager
 from utils.distributed import on_main
+from utils.domains import first_appearances
 from utils.errors import UserError, unknown
 from utils.files import sha256_of, write_json, write_sealed_json
 from utils.launch import place
-from utils.metrics import TaskCounts, summary, tally_predictions
+from utils.metrics import TaskCounts, kept_set, summary, tally_predictions
 from utils.plots import write_pictures
 from utils.progress import LOGGER, Progress
 from utils.report import curve_lines, final_table, seeds_table
@@ -309,6 +310,12 @@ class Run:
 
     def _write_results(self, finished: bool = False) -> None:
         self.result["metrics"] = summary([TaskCounts(**record["counts"]) for record in self.records])
+        decided = self.records and all(record["kept"] is not None for record in self.records)
+        if self.stream.task_domains and decided:
+            self.result["metrics"]["kept_set"] = kept_set(
+                first_appearances(self.stream.task_domains[:len(self.records)]),
+                [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
+                [record["beta"] for record in self.records])
         self.result["finished"] = finished
         on_main(write_sealed_json, self.folder / "results.json", self.result)
 

@@ -14,7 +14,7 @@ from backbone.lora import AdapterBank, inject
 from models.artifacts import beta_record, save_task
 from models.base import Session, TaskReport
 from models.growth import RULES, Decision, Evidence
-from models.training import GradientLearner, epochs_of, learning_rate
+from models.training import GradientLearner, epochs_of, learning_rate, make_row_optimizer
 from utils import distributed
 from utils.config import Config
 from utils.errors import UserError
@@ -103,14 +103,17 @@ class SDLoRA(GradientLearner):
 
     def groups(self) -> list[dict]:
         config, bank, base = self.config, self.bank, learning_rate(self.config, self.task)
-        if bank.current is None:
-            return [{"params": self.head.trainable()}]
         groups = [{"params": [bank.new_A, bank.new_B]}, {"params": self.head.trainable(), "lr": _or(config.head_lr, base)}]
         if bank.alpha.requires_grad:
             groups.append({"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0})
         if self.gate.learned:
             groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
         return groups
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        if self.bank.current is None:
+            return make_row_optimizer(self.config, self.head.trainable(), self.task)
+        return super().optimizer()
 
     def train(self, session: Session) -> None:
         config = self.config

@@ -29,6 +29,14 @@ def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim
     return OPTIMIZERS[config.optimizer](groups, lr=learning_rate(config, task), weight_decay=decay, fused=True, **options)
 
 
+def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> torch.optim.Optimizer:
+    """The optimizer for head rows alone, over a network that stays as it is: SGD at `refit_lr`, if that is given."""
+    if config.refit_lr is None:
+        return make_optimizer(config, [{"params": rows}], task)
+    group = {"params": rows, "initial_lr": config.refit_lr}
+    return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
+
+
 def learning_rate(config: Config, task: int) -> float:
     """Initial learning rate of `task`."""
     return config.init_lr if task == 0 else config.lrate
@@ -100,6 +108,10 @@ class GradientLearner(BaseLearner):
     def groups(self) -> list[dict]:
         """Parameter groups of the current task's optimizer."""
 
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The current task's optimizer, before its first step."""
+        return make_optimizer(self.config, self.groups(), self.task)
+
     def before_step(self, step: int) -> Tensor | None:
         """Prepares optimizer step `step` of the task; returns a term to add to the loss, if the method has one."""
 
@@ -124,7 +136,7 @@ class GradientLearner(BaseLearner):
 
     def train(self, session: Session) -> None:
         config, task = self.config, self.task
-        self._optimizer = make_optimizer(config, self.groups(), task)
+        self._optimizer = self.optimizer()
         if self._resumed is not None:
             self._optimizer.load_state_dict(self._resumed)
         start, meter, epochs = self._place, self._place.meter, epochs_of(config, task)
@@ -205,7 +217,7 @@ class GradientLearner(BaseLearner):
     def refit_head(self, epochs: int, scheduled: bool = False) -> None:
         """Fits the current task's head rows to the network as it now is, everything else fixed; `scheduled`: with the learning
         rate falling as in training."""
-        optimizer = make_optimizer(self.config, [{"params": self.head.trainable()}], self.task)
+        optimizer = make_row_optimizer(self.config, self.head.trainable(), self.task)
         start = self.data.task_classes(self.task).start
         self.start_evaluation()
         for epoch in range(epochs):

@@ -209,6 +209,13 @@ class Config(BaseModel):
         unset="the task's learning rate",
         gt=0,
     )
+    refit_lr: float | None = _optim(
+        None,
+        "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is: after an adapter "
+        'was pruned, and in every task of gate `"evidence"`.',
+        unset="the optimizer and learning rate of the task",
+        gt=0,
+    )
     alpha_lr: float | None = _optim(
         None, "Learning rate of the magnitudes; 0 freezes them.", unset="the task's learning rate", ge=0
     )

@@ -209,6 +209,25 @@ def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
     }
 
 
+def kept_set(truth: Sequence[bool], kept: Sequence[bool], weights: Sequence[float]) -> dict[str, Any]:
+    """How well the kept adapters match the right answer, on a stream where it is known.
+
+    `truth[t]`: whether task `t` needs an adapter of its own; `kept[t]`: whether its adapter is in use at the end;
+    `weights[t]`: its gate weight when that was decided. Precision, recall and F1 are of the whole set; AUC is the chance that a task
+    which needs an adapter had a larger weight than one which does not, ties half (task 0, which is always kept, left out), None
+    if there is only one kind.
+    """
+    right = sum(a and b for a, b in zip(truth, kept, strict=True))
+    later = list(zip(truth, weights, strict=True))[1:]
+    needed, others = [w for t, w in later if t], [w for t, w in later if not t]
+    wins = sum((a > b) + 0.5 * (a == b) for a in needed for b in others)
+    return {
+        "truth": list(truth), "kept": list(kept), "precision": right / sum(kept), "recall": right / sum(truth),
+        "f1": 2 * right / (sum(kept) + sum(truth)),
+        "auc": wins / (len(needed) * len(others)) if needed and others else None,
+    }
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (divisor `n - 1`), the latter None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
