@@ -50,6 +50,8 @@ class SDLoRA(GradientLearner):
         if self.gate.learned:
             LOGGER.info(f"[Gumbel CL-LoRA] tau_init={config.gumbel_tau_init}, tau_final={config.gumbel_tau_final}, "
                         f"anneal_rate={config.gumbel_anneal_rate}, lambda_sparsity={config.lambda_sparsity}")
+        elif self.gate.early:
+            LOGGER.info(f"[Gumbel CL-LoRA] gate=evidence, tau_final={config.gumbel_tau_final}, price={config.gate_price}")
 
     # ---- begin
 

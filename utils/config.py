@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from utils.config_file import json_value, parse_overrides, read_config_file
 from utils.config_model import GROUPS, Config
-from utils.config_rules import default_value, escaped, show
+from utils.config_rules import default_value, escaped, show, unused_by_evidence
 from utils.errors import UserError, nearest
 
 __all__ = [
@@ -119,8 +119,10 @@ def config_warnings(config: Config, given: Iterable[str] | None = None) -> list[
     the warning lists them. A file with every key is a resolved config that a run has saved, and gets none.
     """
     given = config.model_fields_set if given is None else set(given)
+    unused = unused_by_evidence(config)
+    warnings = [f"gate \"evidence\" is not trained and does not use {', '.join(unused)}."] if unused else []
     if given >= set(Config.model_fields) or not given & {*_MEMORY_KEYS, "init_weight_decay"}:
-        return []
+        return warnings
     memory = [key for key in _MEMORY_KEYS if key in given]
     honoured = [key for key in _OFFICIALLY_IGNORED if key in given]
     parts = []
@@ -129,6 +131,7 @@ def config_warnings(config: Config, given: Iterable[str] | None = None) -> list[
     if honoured:
         parts.append(f"{', '.join(honoured)} (honoured here)")
     return [
+        *warnings,
         f"The official SD-LoRA code ignores these keys of the config: {'; '.join(parts)}. It always trains "
         "with SGD, momentum 0.9, no weight decay, and steps at init_milestones and milestones; the configs "
         "exps/*_original.json do as it does."

@@ -190,12 +190,17 @@ def _with_gate(config: BaseModel) -> Iterator[str]:
 
 def _with_evidence(config: BaseModel) -> Iterator[str]:
     if config.growth_rule in ("topk", "val_loss"):
-        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; choose "
-               "\"threshold\"")
-    for key in (*_GATE_KEYS, "alpha_lr"):
-        value = getattr(config, key)
-        if key != "gumbel_tau_final" and value != default_value(config, key) and not (key == "lambda_sparsity" and value == 0):
-            yield f"'{key}' is {show(value)} but 'gate' is \"evidence\", where it has no effect; leave out '{key}'"
+        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; "
+               'choose "threshold"')
+
+
+def unused_by_evidence(config: BaseModel) -> list[str]:
+    """Keys of a trained gate that hold no default under gate "evidence", where they do nothing: a config that is switched
+    from one gate to the other may keep them."""
+    if config.gate != "evidence":
+        return []
+    keys = [key for key in (*_GATE_KEYS, "alpha_lr") if key != "gumbel_tau_final"]
+    return [key for key in keys if getattr(config, key) != default_value(config, key)]
 
 
 def _without_gate(config: BaseModel) -> Iterator[str]:
