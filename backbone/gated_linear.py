@@ -62,7 +62,8 @@ class GatedLinear(torch.autograd.Function):
     With `G` the gradient of the output rows of one projection, `M = G^T x` is the gradient of that part of `W`, and
     `dL/dc_i = <M, B_i A_i>`, `dL/dA = c B^T M`, `dL/dB = c M A^T`. While `R + r <= d / 2` these come from the low-rank
     products `x A^T` and `G B` and `M` is never formed; beyond, one transient `M [d, d]` per projection is cheaper. Nothing
-    per adapter is kept from the forward: only `x` and the merged weight.
+    per adapter is kept from the forward: only `x` and the merged weight. Stored adapters whose coefficients are not trained
+    cost nothing here.
     """
 
     @staticmethod
@@ -77,6 +78,9 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensors
         operands = Operands(*rest)
+        stored_trained = ctx.needs_input_grad[3]
+        if not stored_trained:
+            operands = operands._replace(stored_A=operands.stored_A[:, :0], stored_B=operands.stored_B[..., :0])
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         width = weight.shape[1]
         tokens = x.reshape(-1, width)  # (16, 197, 768) -> (3152, 768)
@@ -84,7 +88,7 @@ class GatedLinear(torch.autograd.Function):
         terms = operands.stored_A.shape[1] + operands.new_A.shape[1]
         factor_gradients = _low_rank if 2 * terms <= width else _full_rank
         stored_c, new_c, new_A, new_B = factor_gradients(tokens, (rows[:, :width], rows[:, 2 * width:]), operands)
-        return grad_x, None, None, stored_c, None, None, new_c, new_A, new_B
+        return grad_x, None, None, stored_c if stored_trained else None, None, None, new_c, new_A, new_B
 
 
 def _low_rank(x: Tensor, grads: tuple[Tensor, Tensor], o: Operands) -> tuple[Tensor, ...]:

@@ -17,15 +17,21 @@ _FLOOR = 1e-2  # of the mean variance: a statistic that hardly varies is no evid
 def token_statistics(tokens: Tensor) -> Tensor:
     """What an image's patch tokens `[b, n, d]` say about how it looks, wherever and whatever: `[b, p]` float64.
 
-    Their means over a 4 x 4 grid, over the whole image, and their standard deviation over it; p = 18 d.
+    Their means over a 4 x 4 grid (over 16 stretches where the tokens are no square), over the whole image, and their standard
+    deviation over it; p = 18 d.
     """
     side = round(tokens.shape[1] ** 0.5)
-    tokens = tokens.double()
-    parts = [tokens.mean(1), tokens.std(1)]
+    by_width = tokens.double().mT  # [b, d, n]
     if side * side == tokens.shape[1]:
-        image = tokens.mT.unflatten(2, (side, side))
-        parts.append(F.adaptive_avg_pool2d(image, min(GRID, side)).flatten(1))
-    return torch.cat(parts, 1)
+        cells = F.adaptive_avg_pool2d(by_width.unflatten(2, (side, side)), GRID).flatten(2)
+    else:
+        cells = F.adaptive_avg_pool1d(by_width, GRID**2)
+    return torch.cat([cells.flatten(1), by_width.mean(2), by_width.std(2, correction=0)], 1)
+
+
+def key_size(width: int) -> int:
+    """p, for tokens of `width` d."""
+    return (GRID**2 + 2) * width
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.gates import GATES
-from backbone.keys import Key, Keys, token_statistics
+from backbone.keys import Key, Keys, key_size, token_statistics
 from backbone.lora import AdapterBank, inject
 from models.artifacts import beta_record, save_task
 from models.base import Session, TaskReport
@@ -91,12 +91,13 @@ class SDLoRA(GradientLearner):
         """Mean statistics `[c, p]` of the current task's classes as the frozen network sees its training images."""
         classes = self.data.task_classes(self.task)
         self.bank.unmerge()
-        sums, counts = None, torch.zeros(len(classes), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(classes), key_size(self.bank.width), dtype=torch.float64, device=self.device)
+        counts = torch.zeros(len(classes), dtype=torch.float64, device=self.device)
         for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
-            statistics = token_statistics(self.backbone.early_tokens(images))
-            members = F.one_hot(labels - classes.start, len(classes)).to(statistics)  # [b, c]: sums in a fixed order
-            batch = members.T @ statistics
-            sums = batch if sums is None else sums + batch
+            if len(labels) == 0:
+                continue
+            members = F.one_hot(labels - classes.start, len(classes)).to(sums)  # [b, c]: a product sums in a fixed order
+            sums += members.T @ token_statistics(self.backbone.early_tokens(images))
             counts += members.sum(0)
         distributed.add_up(sums, counts)
         return sums / counts[:, None]
