@@ -192,6 +192,9 @@ def _with_evidence(config: BaseModel) -> Iterator[str]:
     if config.growth_rule in ("topk", "val_loss"):
         yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; "
                'choose "threshold"')
+    if config.alpha_scope == "task":
+        yield ("'alpha_scope' is \"task\" but 'gate' is \"evidence\", which moves the norm of every block and projection into "
+               "its magnitude; leave out 'alpha_scope'")
 
 
 def unused_by_evidence(config: BaseModel) -> list[str]:
