@@ -138,7 +138,7 @@ class Config(BaseModel):
         'Image files that cannot be decoded: `"stop"` at the first one, or `"skip"` them, for which every file is decoded '
         "once before training; `results.json` lists them.",
     )
-    task_domains: list[str] | None = _data(
+    task_domains: list[Name] | None = _data(
         None,
         "Image domain of every task, for data sets without files (`glyphs`, `digits`): the same classes seen through another "
         "lens, so that it is known which tasks need an adapter. `utils/domains.py` has them; `\"rotated+grating\"` is one "

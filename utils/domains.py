@@ -125,11 +125,11 @@ def first_appearances(domains: list[str]) -> list[bool]:
 
 
 def check_domains(domains: list[str] | None, tasks: int) -> list[str] | None:
-    """The domains of the first `tasks` tasks; raises UserError for a name that is none or a list that is too short."""
+    """The domains of the first `tasks` tasks, spelled without blanks, so that one domain is one text; raises UserError for a
+    name that is none or a list that is too short."""
     if domains is None:
         return None
-    for domain in domains:
-        parts(domain)
+    domains = ["+".join(parts(domain)) for domain in domains]
     if len(domains) < tasks:
         raise UserError(f"task_domains: it has {len(domains)} entries for {tasks} tasks; give one domain for every task.")
     return domains[:tasks]
