@@ -41,7 +41,7 @@ def refusal(values: dict) -> str:
         ("growth_threshold", 1.5, "is 1.5; it must be a number from 0 to 1."),
         ("val_fraction", 0.6, "is 0.6; it must be a number above 0 and at most 0.5."),
         ("gate", "Gumbel_Sparsemax", "Did you mean 'gumbel_sparsemax'?"),
-        ("gate", 3, 'is 3; it must be one of "gumbel_sparsemax", "sparsemax", "gumbel_softmax", "none".'),
+        ("gate", 3, 'is 3; it must be one of "gumbel_sparsemax", "sparsemax", "gumbel_softmax", "evidence", "none".'),
         ("head", "nearest", 'is "nearest"; it must be one of "linear", "cosine", "aligned", "ridge".'),
         ("gumbel_anneal_rate", 1.2, 'is 1.2; it must be a number above 0 and at most 1, or "auto".'),
         ("gumbel_anneal_rate", "0.99", 'is the text "0.99"; write the number 0.99.'),
@@ -111,6 +111,11 @@ def test_every_key_refuses_a_wrong_value_in_a_sentence_of_its_own():
         ({"gate": "none", "gumbel_anneal_rate": 0.9}, ("gumbel_anneal_rate", "gate"), "no effect"),
         ({"gate": "none", "gumbel_tau_init": 4.0}, ("gumbel_tau_init", "gate"), "no effect"),
         ({"gate": "none", "gumbel_tau_final": 0.4}, ("gumbel_tau_final", "gate"), "no effect"),
+        ({"gate_price": 2.0}, ("gate_price", "gate"), 'belongs to gate "evidence"'),
+        ({"gate": "evidence", "growth_rule": "topk"}, ("growth_rule", "gate"), "decides before training"),
+        ({"gate": "evidence", "growth_rule": "val_loss"}, ("growth_rule", "gate"), "decides before training"),
+        ({"gate": "evidence", "alpha_lr": 0.1}, ("alpha_lr", "gate"), "no effect"),
+        ({"gate": "evidence", "gumbel_tau_init": 4.0}, ("gumbel_tau_init", "gate"), "no effect"),
     ],
 )
 def test_contradictions_name_both_keys(change, keys, words):
@@ -128,6 +133,7 @@ def test_contradictions_name_both_keys(change, keys, words):
         {"gate": "sparsemax", "gate_noise": 1.0},
         {"rank": 4, "rank_schedule": [[0, 4], [1, 2]]},
         {"gate": "none", "growth_rule": "kd"},
+        {"gate": "evidence", "growth_rule": "first_k", "gate_price": 2.0, "gumbel_tau_final": 0.4},
         {"gumbel_tau_init": 0.5},
         {"pretrained": False},
         {
