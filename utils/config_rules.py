@@ -190,8 +190,8 @@ def _with_gate(config: BaseModel) -> Iterator[str]:
 
 def _with_evidence(config: BaseModel) -> Iterator[str]:
     if config.growth_rule in ("topk", "val_loss"):
-        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; choose "
-               "\"threshold\"")
+        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; "
+               "choose \"threshold\"")
     for key in (*_GATE_KEYS, "alpha_lr"):
         value = getattr(config, key)
         if key != "gumbel_tau_final" and value != default_value(config, key) and not (key == "lambda_sparsity" and value == 0):
