@@ -15,10 +15,11 @@ from utils import distributed
 from utils.errors import UserError
 
 GATE_KEYS = frozenset({
-    "gate_lr", "gate", "gate_compensation", "gate_noise", "gate_price", "gumbel_tau_init", "gumbel_tau_final", "gumbel_anneal_rate",
-    "lambda_sparsity"})
+    "gate_lr", "gate", "gate_compensation", "gate_noise", "gate_price", "gumbel_tau_init", "gumbel_tau_final",
+    "gumbel_anneal_rate", "lambda_sparsity"})
 GROWTH_KEYS = frozenset({
-    "growth_rule", "refit_lr", "growth_threshold", "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs"})
+    "growth_rule", "growth_threshold", "growth_topk", "growth_margin", "val_fraction", "kd_residual", "refit_epochs",
+    "refit_lr"})
 ADAPTER_KEYS = GATE_KEYS | GROWTH_KEYS | {"rank", "rank_schedule", "alpha_scope", "init_alpha", "alpha_lr", "head_lr"}
 HEAD_KEYS = frozenset({"head", "cosine_scale", "align_epochs", "align_samples", "align_lr", "ridge_dim", "ridge_lambda"})
 TRAINING_KEYS = frozenset({

@@ -116,6 +116,11 @@ def test_every_key_refuses_a_wrong_value_in_a_sentence_of_its_own():
         ({"gate": "none", "gumbel_anneal_rate": 0.9}, ("gumbel_anneal_rate", "gate"), "no effect"),
         ({"gate": "none", "gumbel_tau_init": 4.0}, ("gumbel_tau_init", "gate"), "no effect"),
         ({"gate": "none", "gumbel_tau_final": 0.4}, ("gumbel_tau_final", "gate"), "no effect"),
+        ({"gate_price": 2.0}, ("gate_price", "gate"), 'belongs to gate "evidence"'),
+        ({"gate": "evidence", "growth_rule": "topk"}, ("growth_rule", "gate"), "decides before training"),
+        ({"gate": "evidence", "growth_rule": "val_loss"}, ("growth_rule", "gate"), "decides before training"),
+        ({"gate": "evidence", "alpha_lr": 0.1}, ("alpha_lr", "gate"), "no effect"),
+        ({"gate": "evidence", "gumbel_tau_init": 4.0}, ("gumbel_tau_init", "gate"), "no effect"),
     ],
 )
 def test_contradictions_name_both_keys(change, keys, words):
@@ -133,6 +138,7 @@ def test_contradictions_name_both_keys(change, keys, words):
         {"gate": "sparsemax", "gate_noise": 1.0},
         {"rank": 4, "rank_schedule": [[0, 4], [1, 2]]},
         {"gate": "none", "growth_rule": "kd"},
+        {"gate": "evidence", "growth_rule": "first_k", "gate_price": 2.0, "gumbel_tau_final": 0.4},
         {"gumbel_tau_init": 0.5},
         {"pretrained": False},
         {

@@ -100,11 +100,25 @@ def test_benchmark_configs_follow_the_published_protocol(name, suffix):
         assert (config.lambda_sparsity, config.init_alpha, config.alpha_scope) == (0.01, 1.0, "layer")
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "quickstart", "glyphs"])
-def test_gumbel_and_original_configs_differ_in_the_gate_alone(name):
+def differing_from_original(name):
+    """The keys in which a config and the one of SD-LoRA to compare it with differ, beside those that every such pair has."""
     gumbel, original = (load_config(EXPS / f"{name}{suffix}.json") for suffix in ("", "_original"))
     differing = {key for key in Config.model_fields if getattr(gumbel, key) != getattr(original, key)}
-    assert differing - {"gate_lr"} == {"prefix", "filepath", "gate", "alpha_scope", "init_alpha", "growth_rule"}
+    method = {"prefix", "filepath", "gate", "alpha_scope", "init_alpha", "growth_rule"}
+    assert differing >= method
+    return differing - method
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gumbel_and_original_configs_differ_in_the_gate_alone(name):
+    assert differing_from_original(name) <= {"gate_lr"}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "glyphs"])
+def test_pairs_without_a_download_share_stream_budget_and_capacity(name):
+    """Each method has the optimizer and the learning rates that suit it."""
+    assert differing_from_original(name) <= {
+        "growth_threshold", "optimizer", "init_lr", "lrate", "alpha_lr", "head_lr", "refit_lr", "eval_every"}
 
 
 def test_variants_of_sdlora_differ_in_what_they_are_named_for():
@@ -120,7 +134,7 @@ def test_quickstart_and_glyphs_need_no_download_and_name_their_streams():
     assert (quickstart.dataset, quickstart.init_cls, quickstart.increment) == ("digits", 2, 2)
     assert (glyphs.dataset, glyphs.init_cls, glyphs.increment) == ("glyphs", 10, 10)
     assert quickstart.backbone_type == glyphs.backbone_type == "vit_glyph_tiny_patch8_32"
-    assert quickstart.gate == glyphs.gate == "gumbel_sparsemax"
+    assert quickstart.gate == glyphs.gate == "evidence"
     assert quickstart.filepath == "./runs/quickstart/"
 
 

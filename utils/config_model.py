@@ -211,8 +211,8 @@ class Config(BaseModel):
     )
     refit_lr: float | None = _optim(
         None,
-        "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is: after an adapter "
-        'was pruned, and in every task of gate `"evidence"`.',
+        "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is: after an "
+        'adapter was pruned, and in every task of gate `"evidence"`.',
         unset="the optimizer and learning rate of the task",
         gt=0,
     )

@@ -213,9 +213,9 @@ def kept_set(truth: Sequence[bool], kept: Sequence[bool], weights: Sequence[floa
     """How well the kept adapters match the right answer, on a stream where it is known.
 
     `truth[t]`: whether task `t` needs an adapter of its own; `kept[t]`: whether its adapter is in use at the end;
-    `weights[t]`: its gate weight when that was decided. Precision, recall and F1 are of the whole set; AUC is the chance that a task
-    which needs an adapter had a larger weight than one which does not, ties half (task 0, which is always kept, left out), None
-    if there is only one kind.
+    `weights[t]`: its gate weight when that was decided. Precision, recall and F1 are of the whole set; AUC is the chance
+    that a task which needs an adapter had a larger weight than one which does not, ties half (task 0, which is always kept,
+    left out), None if there is only one kind.
     """
     right = sum(a and b for a, b in zip(truth, kept, strict=True))
     later = list(zip(truth, weights, strict=True))[1:]
