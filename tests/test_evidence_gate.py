@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 import trainer
@@ -21,7 +22,6 @@ from backbone.gates import EvidenceGate
 from models import load_network
 from models.base import BaseLearner
 from tests.learners import Alone, in_float64, learn, learner_of, small_config, test_images
-from tests.reference import sparsemax_reference
 from utils.config import config_warnings
 from utils.errors import UserError
 from utils.metrics import TaskCounts, count_predictions, kept_set
@@ -98,6 +98,12 @@ def test_one_old_adapter_weighs_what_the_logarithms_say(tau: float) -> None:
     assert gate.decide().tolist() == [0.5, 0.5], "the price is where the two weigh the same"
     gate.weigh([price * math.exp(tau) * 1.001], price)
     assert gate.decide().tolist() == [0.0, 1.0], "and a factor of exp(tau) beyond it the old one weighs nothing"
+
+
+def sparsemax_reference(z: np.ndarray) -> np.ndarray:
+    """The projection onto the simplex by its threshold, found by a root search."""
+    threshold = brentq(lambda t: np.maximum(z - t, 0).sum() - 1, z.min() - 1, z.max(), xtol=1e-14)
+    return np.maximum(z - threshold, 0)
 
 
 def test_several_old_adapters_share_by_sparsemax_of_minus_the_logarithm() -> None:
