@@ -7,6 +7,7 @@ keep, drop.
 import copy
 import io
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.learners import Alone, in_float64, learn, learner_of, small_config, t
 from utils.config import config_warnings
 from utils.errors import UserError
 from utils.metrics import TaskCounts, count_predictions, kept_set
+from utils.progress import LOGGER
 
 STREAM = {"gate": "evidence", "gate_lr": None, "growth_threshold": 0.5, "init_cls": 4, "increment": 3, "batch_size": 64,
           "task_domains": ["negative", "plain", "negative"], "head_lr": 0.02, "refit_lr": 0.02, "eval_every": 0}
@@ -78,6 +80,7 @@ def run(tmp_path_factory) -> trainer.Run:
     folder = tmp_path_factory.mktemp("evidence") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "write_pictures", lambda result, folder: None)
+        patch.setattr(LOGGER, "level", logging.INFO)
         finished = trainer.Run(config_of(folder), 1993, folder, torch.device("cpu"))
         finished.finish()
     return finished

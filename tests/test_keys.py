@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backbone.keys import Key, Keys, token_statistics
+from backbone.keys import Key, Keys, key_size, token_statistics
 from tests.learners import learner_of, small_config
 
 
@@ -181,15 +181,16 @@ def test_statistics_are_means_over_cells_and_the_deviation(tokens: int, side: in
     values = drawn(3, tokens, 5).float()
     statistics = token_statistics(values)
     x = values.double().numpy()
-    parts = [x.mean(1), x.std(1, ddof=1)]
-    if side is not None:
-        cells = min(4, side)
+    if side is None:
+        stretches = [x[:, tokens * cell // 16:-(-tokens * (cell + 1) // 16)].mean(1) for cell in range(16)]
+        cells = np.stack(stretches, -1)  # [b, d, 16]
+    else:
         image = x.reshape(3, side, side, 5)
-        edges = [(side * cell // cells, -(-side * (cell + 1) // cells)) for cell in range(cells)]
-        grid = [[image[:, top:bottom, left:right].mean((1, 2)) for left, right in edges] for top, bottom in edges]
-        parts.append(np.stack([np.stack(row, -1) for row in grid], -2).reshape(3, -1))  # [b, d * cells * cells]
-    assert statistics.dtype == torch.float64 and np.allclose(statistics, np.concatenate(parts, 1))
-    assert side != 4 or statistics.shape == (3, 18 * 5)
+        edges = [(side * cell // 4, -(-side * (cell + 1) // 4)) for cell in range(4)]
+        cells = np.stack([image[:, top:bottom, left:right].mean((1, 2)) for top, bottom in edges for left, right in edges], -1)
+    expected = np.concatenate([cells.reshape(3, -1), x.mean(1), x.std(1)], 1)
+    assert statistics.dtype == torch.float64 and np.allclose(statistics, expected)
+    assert statistics.shape == (3, key_size(5)) == (3, 18 * 5)
 
 
 def test_statistics_of_an_image_do_not_depend_on_the_batch() -> None:
