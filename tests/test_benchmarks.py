@@ -150,7 +150,7 @@ def test_no_step_waits_for_the_device(gate: str, monkeypatch: pytest.MonkeyPatch
     images, labels = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([30, 34])
     with Waits(monkeypatch) as waits:
         for number in range(1, 3):
-            learner._step(number, images, labels, learner._place.meter)
+            learner._step(number, images, labels, len(labels), learner._place.meter)
         assert waits.seen == []
         learner._place.meter.read()
         learner.describe()

@@ -119,8 +119,7 @@ def test_every_key_refuses_a_wrong_value_in_a_sentence_of_its_own():
         ({"gate_price": 2.0}, ("gate_price", "gate"), 'belongs to gate "evidence"'),
         ({"gate": "evidence", "growth_rule": "topk"}, ("growth_rule", "gate"), "decides before training"),
         ({"gate": "evidence", "growth_rule": "val_loss"}, ("growth_rule", "gate"), "decides before training"),
-        ({"gate": "evidence", "alpha_lr": 0.1}, ("alpha_lr", "gate"), "no effect"),
-        ({"gate": "evidence", "gumbel_tau_init": 4.0}, ("gumbel_tau_init", "gate"), "no effect"),
+        ({"gate": "evidence", "alpha_scope": "task"}, ("alpha_scope", "gate"), "leave out"),
     ],
 )
 def test_contradictions_name_both_keys(change, keys, words):

@@ -80,7 +80,7 @@ def run(tmp_path_factory) -> trainer.Run:
     folder = tmp_path_factory.mktemp("evidence") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "write_pictures", lambda result, folder: None)
-        patch.setattr(LOGGER, "level", logging.INFO)
+        LOGGER.setLevel(logging.INFO)
         finished = trainer.Run(config_of(folder), 1993, folder, torch.device("cpu"))
         finished.finish()
     return finished

@@ -281,6 +281,7 @@ def test_a_run_without_adapters_is_refused(tmp_path: Path, capsys) -> None:
     trained = {"init_epoch", "epochs", "init_lr", "lrate", "gate_lr", "rank"}  # keys that do nothing there
     values = {key: value for key, value in SMALL.items() if key not in trained}
     trainer.run(config_from_dict({**values, "filepath": str(tmp_path / "run"), "model_name": "simplecil"}))
+    capsys.readouterr()
     assert "'simplecil', which has no adapters" in refused(capsys, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "gates").exists()
 

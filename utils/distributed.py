@@ -61,7 +61,7 @@ def add_up(*tensors: Tensor) -> None:
     The sums are the same bits in every process. Tensors must lie on one device; integers that share a message with floats
     must be small enough for them.
     """
-    if not _joined():
+    if not _joined() or not tensors:
         return
     from accelerate.utils import reduce
 
