@@ -134,7 +134,8 @@ def measure(case: Case) -> dict[str, Any]:
     train, predict, more = make(case, config, device)
     watch = Stopwatch(device)
     train(watch)
-    seconds, peak = watch.median(case.warmup), peak_memory(device) - before
+    # The kernel counts pages in batches of its own: a small network may seem to need less than nothing.
+    seconds, peak = watch.median(case.warmup), max(0, peak_memory(device) - before)
     result = {**case._asdict(), "step_seconds": seconds, "peak_bytes": peak, **more}
     if predict is not None:
         watch = Stopwatch(device)
