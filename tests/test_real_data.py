@@ -165,7 +165,7 @@ def test_more_than_a_hundred_classes_keep_their_tasks_in_integer_order(tmp_path:
     assert torch.load(tmp_path / "run" / "beta_values_task_11.pt")["pruning_mask"].shape == (12,)
     network = load_network(tmp_path / "run", 11)
     names = json.loads((tmp_path / "run" / "split.json").read_text())["class_names"]
-    assert names[10] == "class_107" and network.weight.shape == (120, 128)  # natural order is that of the names as text
+    assert names[10] == "class_107" and network.head.weight.shape == (120, 128)  # natural order is that of the names as text
 
 
 # What is missing or damaged
