@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from backbone.class_token import read_class_token_alone
 from backbone.vit import Identity, data_config, load_vit
 from utils.config import Config
 
@@ -11,6 +12,7 @@ class FrozenViT(nn.Module):
 
     def __init__(self, vit: nn.Module, identity: Identity) -> None:
         super().__init__()
+        read_class_token_alone(vit)
         self.vit = vit
         self.identity = identity
         self.width: int = vit.num_features

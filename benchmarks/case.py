@@ -7,6 +7,7 @@
   `benchmarks.run`'s business); then the evaluation of an image, likewise.
 - `loop`, `stacked`: the same step, the projection replaced by one of `benchmarks/references.py`.
 - `floor`: the plain timm ViT's forward and backward with nothing to train but its input; then its plain forward.
+- `backbone`: the same of the project's frozen ViT, whose last block may be shorter (`backbone/class_token.py`).
 
 Peak memory: on CUDA `max_memory_allocated` of the process. On the CPU the largest resident size of the process minus what it
 had been before the backbone was built, so that Python and its libraries are not counted and everything else is: weights,
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import create_backbone
+from backbone.vit import data_config, load_vit
 from benchmarks.common import GENERATED, Clock, generated_dataset, register
 from benchmarks.references import loop_layers, stacked_layers
 from models.sdlora import SDLoRA
@@ -38,7 +40,7 @@ REFERENCES = {"loop": loop_layers, "stacked": stacked_layers}
 
 
 class Case(NamedTuple):
-    """What is measured. kind: "step", "loop", "stacked" or "floor"; adapters: old ones, beside the current one."""
+    """What is measured. kind: "step", "loop", "stacked", "floor" or "backbone"; adapters: old ones, beside the current one."""
 
     kind: str
     adapters: int
@@ -130,7 +132,7 @@ def measure(case: Case) -> dict[str, Any]:
     config = config_of(case)
     torch.zeros(1, device=device).sum()
     before = 0 if device.type == "cuda" else peak_memory(device)
-    make = _floor if case.kind == "floor" else _learner
+    make = _floor if case.kind in ("floor", "backbone") else _learner
     train, predict, more = make(case, config, device)
     watch = Stopwatch(device)
     train(watch)
@@ -165,9 +167,15 @@ def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable
 
 
 def _floor(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable, dict[str, Any]]:
-    backbone = create_backbone(config).to(device)
-    images, _ = _batch(case, backbone.image_size, device)
-    run = torch.compile(backbone.vit) if case.compile else backbone.vit
+    if case.kind == "backbone":
+        vit = create_backbone(config)
+        size = vit.image_size
+    else:
+        vit, _ = load_vit(case.backbone, pretrained=False, weights=None, seed=config.seed[0])
+        size = data_config(vit)[0]
+    vit = vit.to(device)
+    images, _ = _batch(case, size, device)
+    run = torch.compile(vit) if case.compile else vit
     pixels = images.requires_grad_()
 
     def forward(network: Callable[[Tensor], Tensor] = run) -> Tensor:
@@ -186,8 +194,8 @@ def _floor(case: Case, config: Config, device: torch.device) -> tuple[Callable, 
     more = {}
     if device.type == "cuda":
         with FlopCounterMode(display=False) as counter:
-            step(backbone.vit)
-        more = {"floor_flops": counter.get_total_flops(), "bf16_matmul_flops_per_second": _matmul_rate(device)}
+            step(vit)
+        more = {"flops": counter.get_total_flops(), "bf16_matmul_flops_per_second": _matmul_rate(device)}
         torch.cuda.reset_peak_memory_stats(device)
     return train, forward, more
 

@@ -47,7 +47,7 @@ def keys_of(options: argparse.Namespace) -> list[Key]:
     """The cases of one repeat. The loop always runs in float32, and no case needs to run twice."""
     keys: list[Key] = []
     for precision in options.precision:
-        keys.append(("floor", 0, precision))
+        keys += [("floor", 0, precision), ("backbone", 0, precision)]
         for adapters in options.adapters:
             keys.append(("step", adapters, precision))
             if "loop" in options.references and adapters <= LOOP_LIMIT:
@@ -84,19 +84,23 @@ def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dic
     for key in keys_of(options):
         mine = [r for r in results if (r["kind"], r["adapters"], r["precision"]) == key and "error" not in r]
         if mine:
-            names = ("step_seconds", "image_seconds", "peak_bytes", "floor_flops", "bf16_matmul_flops_per_second")
+            names = ("step_seconds", "image_seconds", "peak_bytes", "flops", "bf16_matmul_flops_per_second")
             found[key] = {name: statistics.median(r[name] for r in mine) for name in names if name in mine[0]}
     rows = [_row(found, options, precision, adapters) for precision in options.precision for adapters in options.adapters]
-    return {"rows": rows, "floors": {p: found.get(("floor", 0, p)) for p in options.precision},
+    return {"rows": rows,
+            "floors": {p: found.get(("floor", 0, p)) for p in options.precision},
+            "backbones": {p: found.get(("backbone", 0, p)) for p in options.precision},
             "bf16_speedup": {str(a): _ratio(found, "step_seconds", ("step", a, "fp32"), ("step", a, "bf16"))
                              for a in options.adapters} if len(set(options.precision)) == 2 else {}}
 
 
 def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precision: str, adapters: int) -> dict[str, Any]:
-    step, floor, base = ("step", adapters, precision), ("floor", 0, precision), ("step", 0, precision)
+    step, base = ("step", adapters, precision), ("step", 0, precision)
+    floor, backbone = ("floor", 0, precision), ("backbone", 0, precision)
     row = {"precision": precision, "adapters": adapters}
     row |= {name: found.get(step, {}).get(name) for name in ("step_seconds", "image_seconds", "peak_bytes")}
     row["step_over_floor"] = _ratio(found, "step_seconds", step, floor)
+    row["step_over_backbone"] = _ratio(found, "step_seconds", step, backbone)
     row["memory_over_none"] = _ratio(found, "peak_bytes", step, base)
     row["evaluation_over_timm"] = _ratio(found, "image_seconds", step, floor)
     for kind in options.references:
@@ -104,9 +108,9 @@ def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precis
         missing = SKIPPED if kind == "loop" and adapters > LOOP_LIMIT else None
         row[f"{kind}_over_step"] = _ratio(found, "step_seconds", other, step) or missing
         row[f"memory_over_{kind}"] = _ratio(found, "peak_bytes", step, other) or missing
-    reached = found.get(floor, {})
-    if "floor_flops" in reached and row["step_seconds"]:
-        rate = reached["floor_flops"] / row["step_seconds"]
+    reached = found.get(backbone, {})
+    if "flops" in reached and row["step_seconds"]:
+        rate = reached["flops"] / row["step_seconds"]
         row["rate_over_matmul"] = rate / reached["bf16_matmul_flops_per_second"]
     return row
 
@@ -117,6 +121,7 @@ def _ratio(found: dict[Key, dict[str, float]], name: str, over: Key, under: Key)
 
 
 TITLES = {"precision": "precision", "adapters": "old adapters", "step_seconds": "s/step", "step_over_floor": "step / floor",
+          "step_over_backbone": "step / backbone",
           "loop_over_step": "loop / step", "stacked_over_step": "stacked / step", "peak_bytes": "peak GiB",
           "memory_over_none": "peak / at 0", "memory_over_loop": "peak / loop's", "memory_over_stacked": "peak / stacked's",
           "image_seconds": "s/evaluated image", "evaluation_over_timm": "evaluation / timm",
@@ -130,10 +135,11 @@ def shown(summary: dict[str, Any]) -> str:
     rows = [{**row, "peak_bytes": row["peak_bytes"] and row["peak_bytes"] / 2**30} for row in summary["rows"]]
     columns = [name for name in TITLES if any(name in row for row in rows)]
     lines = [table([TITLES[name] for name in columns], [[row.get(name) for name in columns] for row in rows])]
-    for precision, floor in summary["floors"].items():
-        if floor:
-            lines.append(f"floor, {precision}: {floor['step_seconds']:.4g} s/step, {floor['peak_bytes'] / 2**30:.3g} GiB, "
-                         f"plain timm ViT {floor['image_seconds']:.4g} s/image")
+    for name in ("floor", "backbone"):
+        for precision, case in summary[f"{name}s"].items():
+            if case:
+                lines.append(f"{name}, {precision}: {case['step_seconds']:.4g} s/step, {case['peak_bytes'] / 2**30:.3g} GiB, "
+                             f"forward alone {case['image_seconds']:.4g} s/image")
     lines += [f"bf16 at {adapters} old adapters: {ratio:.3g} times as fast as fp32"
               for adapters, ratio in summary["bf16_speedup"].items() if ratio]
     return "\n".join(lines)

@@ -60,12 +60,12 @@ def test_references_take_the_same_step(layers, old: int) -> None:
         assert old == 0 and name in ("alpha", "logits") or fast[name].abs().max() > 1e-8, name
 
 
-@pytest.mark.parametrize("kind", ["step", "loop", "stacked", "floor"])
+@pytest.mark.parametrize("kind", ["step", "loop", "stacked", "floor", "backbone"])
 def test_a_case_measures_time_and_memory(kind: str) -> None:
     result = case.measure(case.Case(kind, 2, **SMALL))
     assert result["step_seconds"] > 0 and result["kind"] == kind
     assert result["peak_bytes"] >= 0  # this process had more before; in one of its own it is above 0, see below
-    assert ("image_seconds" in result) == (kind in ("step", "floor"))
+    assert ("image_seconds" in result) == (kind in ("step", "floor", "backbone"))
 
 
 def test_the_step_command_prints_a_table_and_writes_json(tmp_path: Path, capsys) -> None:
@@ -91,10 +91,13 @@ def test_summary_is_of_medians_and_says_what_was_left_out() -> None:
     options = step.parse(["--adapters", "0", "50", "--precision", "fp32", "bf16", "--references", "loop"])
     assert ("loop", 50, "fp32") not in step.keys_of(options) and step.keys_of(options).count(("loop", 0, "fp32")) == 1
     results = [fake("floor", 0, s) for s in (1.0, 2.0, 9.0)] + [fake("step", 0, 2.2), fake("step", 50, 3.0)]
+    results += [{**fake("backbone", 0, 1.6), "flops": 32.0, "bf16_matmul_flops_per_second": 40.0}]
     results += [fake("loop", 0, 4.4), fake("step", 50, 1.5, "bf16"), {**fake("step", 0, 1.0, "bf16"), "error": "killed"}]
     summary = step.summarize(results, options)
     first, second, *_ = summary["rows"]
     assert first["step_over_floor"] == pytest.approx(1.1) and first["loop_over_step"] == pytest.approx(2)
+    assert first["step_over_backbone"] == pytest.approx(2.2 / 1.6)
+    assert second["rate_over_matmul"] == pytest.approx(32 / 3 / 40), "what the shorter backbone needs, per second of the step"
     assert second["loop_over_step"] == second["memory_over_loop"] == step.SKIPPED
     assert second["memory_over_none"] == pytest.approx(3 / 2.2)
     assert summary["bf16_speedup"] == {"0": None, "50": 2.0}

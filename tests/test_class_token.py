@@ -1,0 +1,73 @@
+"""backbone/class_token.py: the same features, gradients and names as timm's own last block."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from backbone import FrozenViT
+from backbone.class_token import ClassTokenBlock, read_class_token_alone
+from backbone.embedded import EMBEDDED
+from backbone.vit import load_vit
+
+TOKEN = [("test_vit", {}), ("test_vit", {"reg_tokens": 2, "init_values": 0.5}), (EMBEDDED, {})]
+
+
+def pair(name: str, **options) -> tuple[nn.Module, nn.Module]:
+    """A network in float64 whose every tensor was moved off its initial value, and a copy that reads the class token alone."""
+    vit = timm.create_model(name, num_classes=0, **options).eval().double()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.05)
+    short = copy.deepcopy(vit)
+    read_class_token_alone(short)
+    return vit, short
+
+
+def pixels(vit: nn.Module) -> torch.Tensor:
+    size = vit.patch_embed.img_size
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name, options", TOKEN, ids=["plain", "registers and layer scale", "embedded"])
+def test_features_and_gradients_are_those_of_the_whole_block(name: str, options: dict) -> None:
+    vit, short = pair(name, **options)
+    assert isinstance(short.blocks[-1], ClassTokenBlock)
+    images = pixels(vit)
+    features = []
+    for network in (vit, short):
+        network.zero_grad()
+        features.append(network(images))
+        features[-1].square().sum().backward()
+    assert torch.allclose(*features, rtol=0, atol=1e-12)
+    for (key, want), (same, got) in zip(vit.named_parameters(), short.named_parameters(), strict=True):
+        assert key == same and torch.allclose(want.grad, got.grad, rtol=1e-10, atol=1e-10), key
+
+
+def test_the_last_mlp_sees_one_token_and_the_others_all() -> None:
+    _, short = pair(EMBEDDED)
+    seen = []
+    for block in short.blocks:
+        block.mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    short(pixels(short))
+    assert seen == [17] * (len(short.blocks) - 1) + [1]
+
+
+@pytest.mark.parametrize("name, options", [("test_vit", {"global_pool": "avg"}), ("test_vit2", {}), ("test_vit3", {}),
+                                           ("test_vit", {"global_pool": ""}), ("deit_tiny_distilled_patch16_224", {})])
+def test_networks_that_read_other_tokens_stay_as_they_are(name: str, options: dict) -> None:
+    vit, short = pair(name, **options)
+    assert name.startswith("deit") or options or vit.global_pool != "token"
+    assert not any(isinstance(block, ClassTokenBlock) for block in short.blocks)
+    assert torch.equal(vit(pixels(vit)), short(pixels(vit)))
+
+
+def test_the_frozen_vit_reads_the_class_token_and_keeps_its_names() -> None:
+    vit, identity = load_vit("test_vit", pretrained=False, weights=None, seed=0)
+    names = list(vit.state_dict())
+    frozen = FrozenViT(vit, identity)
+    assert isinstance(frozen.vit.blocks[-1], ClassTokenBlock) and not frozen.vit.blocks[-1].training
+    assert list(frozen.vit.state_dict()) == names
