@@ -10,7 +10,15 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from utils.augment import Augmentation, augment_batch, augment_image, center_batch, center_image, draw_boxes
+from utils.augment import (
+    Augmentation,
+    augment_batch,
+    center_batch,
+    center_image,
+    cut_out,
+    draw_boxes,
+    resize_cut,
+)
 
 
 def _boxes(augmentation: Augmentation, height: int, width: int, count: int, **keys: int) -> np.ndarray:
@@ -102,7 +110,7 @@ def test_batch_equals_torchvisions_resized_crop(height: int, width: int, size: i
 def test_batch_and_single_image_differ_by_rounding_alone() -> None:
     images, boxes = _images(12, 32, 32), _boxes(Augmentation(), 32, 32, 12)
     batch = augment_batch(images, torch.from_numpy(boxes), 48) * 255
-    single = torch.stack([augment_image(image, box, 48) for image, box in zip(images, boxes, strict=True)])
+    single = torch.stack([resize_cut(cut_out(image, box, 48), box[4], 48) for image, box in zip(images, boxes, strict=True)])
     assert single.dtype == torch.uint8
     assert (batch - single).abs().max() < 1.5
 
@@ -147,3 +155,17 @@ def test_test_view_without_resize_shows_the_whole_image() -> None:
     expected = functional.resize(images, [24, 24], InterpolationMode.BICUBIC, antialias=True)
     assert (center_batch(images, 24, None) * 255 - expected).abs().max() < 1.5
     assert torch.equal(center_image(images[0], 24, None), expected[0])
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 140), (64, 64), (300, 50)])
+def test_a_cut_is_torchvisions_crop_and_large_ones_shrink_on_the_way(height: int, width: int) -> None:
+    """Up to four times the input size a side, resizing what was cut out is torchvision's one-step transform to the bit;
+    beyond, a resize to that size comes first, which moves a photograph's pixels by little."""
+    size, box = 16, np.array([0, 0, height, width, 1])
+    ramp = torch.linspace(0, 255, height)[:, None] * 0.4 + torch.linspace(0, 255, width) * 0.6
+    image = torch.stack([ramp, ramp.flip(0), 255 - ramp]).round().to(torch.uint8)
+    part = cut_out(image, box, size)
+    assert part.shape == (3, min(height, 64), min(width, 64))
+    expected = functional.horizontal_flip(functional.resized_crop(image, *box[:4].tolist(), [size, size], antialias=True))
+    seen = resize_cut(part, True, size)
+    assert (seen.int() - expected.int()).abs().max() <= (0 if max(height, width) <= 64 else 2)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.data_files import write_cifar100, write_class_folders, write_domainnet
-from utils import data_source
 from utils.augment import Augmentation
 from utils.data import Dataset, Split, load_dataset
 from utils.data_manager import DataManager, class_order, task_sizes
+from utils.data_source import DecodedSource, FileSource
 from utils.errors import UserError
+from utils.image_reader import PathReader
 from utils.rng import generator
 
 
@@ -284,9 +285,9 @@ def test_normalisation_is_applied_where_given(kind: str, folders: Dataset) -> No
 
 def test_auto_keeps_files_in_memory_only_if_they_fit(folders: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    read = data_source.PathReader.read
-    monkeypatch.setattr(data_source.PathReader, "read", lambda self, image: opened.append(image) or read(self, image))
-    total = sum(np.prod(read(data_source.PathReader(list(map(str, folders.train.images))), i).shape) for i in range(20))
+    read = PathReader.read
+    monkeypatch.setattr(PathReader, "read", lambda self, image: opened.append(image) or read(self, image))
+    total = sum(np.prod(read(PathReader(list(map(str, folders.train.images))), i).shape) for i in range(20))
     needed = int(total) + 8 * 3 * 16 * 16
     for free, decoded in ((4 * needed, 20), (4 * needed - 4, 2 * 10)):
         opened.clear()
@@ -295,7 +296,21 @@ def test_auto_keeps_files_in_memory_only_if_they_fit(folders: Dataset, monkeypat
         for number in range(2):
             epoch(data, 0, number)
         assert len(opened) == decoded
-        assert data._sources["train"].in_memory == (free == 4 * needed)
+        assert type(data._sources["train"]) is (DecodedSource if free == 4 * needed else FileSource)
+
+
+@pytest.mark.parametrize("placement, on_gpu, in_main, home", [
+    ("auto", 400, 0, "cuda"), ("memory", 400, 0, "cuda"), ("auto", 399, 400, "cpu"), ("memory", 399, 0, "cpu"),
+    ("auto", 399, 399, None), ("lazy", 400, 400, None)])
+def test_images_are_kept_on_the_device_if_they_fit(
+    placement: str, on_gpu: int, in_main: int, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of what is free may be taken: of the device's memory first, then of the main memory."""
+    data = manager(tensor_dataset(), placement=placement)
+    data.device = torch.device("cuda")  # the choice alone; nothing is put there
+    monkeypatch.setattr("utils.data_manager.free_memory", lambda device=torch.device("cpu"):  # noqa: B008
+                        on_gpu if device.type == "cuda" else in_main)
+    assert data._home(100) == (None if home is None else torch.device(home))
 
 
 def test_memory_holds_the_stream_and_no_more(folders: Dataset) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from backbone import gated_linear
 from backbone.gated_linear import GatedLinear, GatedQKV, Operands
-from tests.reference import filled_bank, images, loop_network, tiny_vit
+from tests.reference import bank_on, filled_bank, images, loop_network, tiny_vit, trained
 from utils.rng import generator
 
 WIDTH = 8
@@ -119,3 +120,26 @@ def test_compiled_gradients_are_the_same() -> None:
             results[-1] += (network(images()),)
     for plain, traced in zip(*results, strict=True):
         assert torch.allclose(plain, traced, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_compiled_serves_every_later_task() -> None:
+    """The stack of stored adapters grows from task to task; past 8 graphs torch would silently stop compiling."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    vit = tiny_vit()
+    bank = bank_on(vit)
+    bank.skip_silent = False  # as with `compile`
+    network = torch.compile(vit, backend=counter)
+    graphs = []
+    for task in range(9):  # from task 5 on, R + r = 18 is above d / 2 = 16
+        if bank.current is not None:
+            bank.commit()
+        trained(bank, task)
+        for count in (4, 3):  # whole batches and an epoch's last one
+            bank.train_step()
+            network(images(count)).sum().backward()
+            bank.merge()
+            with torch.no_grad():
+                network(images(count))
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[4] and graphs[5] == graphs[8] <= 7, graphs

@@ -21,6 +21,8 @@ from torchvision.transforms.v2 import functional
 
 from utils.rng import uniforms
 
+BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+_FINEST = 4  # times the input size: detail beyond that does not survive the resize to come
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries so often before it takes the central crop
 
 
@@ -175,17 +177,25 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1.0, near, far)
 
 
-def augment_image(image: Tensor, box: np.ndarray, size: int) -> Tensor:
-    """The box `[5]` of one decoded image, resized and mirrored: uint8 `[3, h, w]` -> uint8 `[3, S, S]`."""
-    top, left, height, width, flip = box.tolist()
-    seen = functional.resized_crop(
-        image, top, left, height, width, [size, size], InterpolationMode.BILINEAR, antialias=True
-    )
+def cut_out(image: Tensor, box: np.ndarray, size: int) -> Tensor:
+    """What the box `[5]` shows of one decoded image: uint8 `[3, h, w]` -> uint8 `[3, height, width]`.
+
+    At most `_FINEST * S` pixels a side, so that batches of large photographs stay small on their way to the device.
+    """
+    top, left, height, width, _ = box.tolist()
+    part, finest = image[:, top : top + height, left : left + width], _FINEST * size
+    if max(height, width) <= finest:
+        return part
+    return functional.resize(part, [min(height, finest), min(width, finest)], BILINEAR, antialias=True)
+
+
+def resize_cut(part: Tensor, flip: bool, size: int) -> Tensor:
+    """What `cut_out` gave, as the network sees it in training: uint8 `[3, h, w]` -> uint8 `[3, S, S]`."""
+    seen = functional.resize(part, [size, size], BILINEAR, antialias=True)
     return functional.horizontal_flip(seen) if flip else seen
 
 
 def center_image(image: Tensor, size: int, test_resize: float | None) -> Tensor:
     """The test-time view of one decoded image: uint8 `[3, h, w]` -> uint8 `[3, S, S]`."""
     target = list(_test_size(image.shape[1], image.shape[2], size, test_resize))
-    resized = functional.resize(image, target, InterpolationMode.BICUBIC, antialias=True)
-    return functional.center_crop(resized, [size, size])
+    return functional.center_crop(functional.resize(image, target, BICUBIC, antialias=True), [size, size])

@@ -363,12 +363,12 @@ class Config(BaseModel):
     )
     data_placement: Literal["auto", "memory", "lazy"] = _speed(
         "auto",
-        'Hold all images in memory (`"memory"`), read them when needed (`"lazy"`), or hold what fits '
-        '(`"auto"`).',
+        'Hold all images decoded (`"memory"`: on the device if they take at most a quarter of what is free there, else in '
+        'main memory), read them when needed (`"lazy"`), or hold what fits (`"auto"`). All are augmented on the device.',
     )
     num_workers: int | None = _speed(
         None,
-        'Processes that read images for `"lazy"`; 0 reads in the main process.',
+        'Processes that read images that are not held on the device; 0 reads in the main process.',
         unset="picked from the machine",
         ge=0,
     )

@@ -20,22 +20,15 @@ import torch
 from torch import Tensor
 
 from utils.data import Dataset, Split
-from utils.data_source import (
-    EvaluationFileSource,
-    FileSource,
-    Source,
-    TensorSource,
-    View,
-    decoded_bytes,
-    free_memory,
-    undecodable,
-)
+from utils.data_source import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
 from utils.domains import apply_domain, check_domains
 from utils.errors import UserError, unknown
+from utils.image_loader import View
+from utils.image_reader import decoded_bytes, free_memory, undecodable
 from utils.rng import generator
 
 PLACEMENTS = ("auto", "memory", "lazy")
-_SHARE = 4  # `auto` keeps image files decoded in memory if they take at most this fraction of what is free
+_SHARE = 4  # images are kept in a memory if they take at most this fraction of what is free there
 SplitName = Literal["train", "val", "test"]
 
 
@@ -44,9 +37,9 @@ class DataManager:
 
     image_size: S, pixels of the square input. `val_fraction` of the training images of every class is held
     out as `val`. `mean_std`: channel means and standard deviations to normalise with; None leaves images in
-    0..1. `placement`: "memory" keeps everything decoded, "lazy" reads files when they are needed and leaves
-    tensors off the device, "auto" decides by what is free, which `copies` processes on this machine share.
-    `num_workers` processes read files.
+    0..1. `placement`: "memory" keeps everything decoded, on the device if it fits there, else in main memory; "lazy" reads
+    files when they are needed and leaves tensors off the device; "auto" is "memory" if that fits, else "lazy", where
+    `copies` processes share this machine's main memory. `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
     beforehand and leaves those out. `task_domains`: the image domain of every task (utils/domains.py); None shows all images
     as they are.
@@ -215,24 +208,36 @@ class DataManager:
         """Where the images come from; built on first use, since it may read the whole data set into memory."""
         trained = np.sort(np.concatenate(self._members["train"] + self._members["val"]))
         tested = np.sort(np.concatenate(self._members["test"]))
-        in_memory = self.placement == "memory" or (self.placement == "auto" and self._files_fit(trained, tested))
-        return {
-            "train": self._source(self.dataset.train, trained, FileSource, in_memory),
-            "test": self._source(self.dataset.test, tested, EvaluationFileSource, in_memory),
-        }
+        home = self._home(self._decoded_bytes(trained, tested))
+        return {"train": self._source(self.dataset.train, trained, home, keep_decoded=True),
+                "test": self._source(self.dataset.test, tested, home, keep_decoded=False)}
 
-    def _source(self, split: Split, members: np.ndarray, files: type[FileSource], in_memory: bool) -> Source:
-        augmentation = self.dataset.augmentation
-        if isinstance(split.images, Tensor):
-            home = torch.device("cpu") if self.placement == "lazy" else self.device
-            return TensorSource(split.images, augmentation, self.image_size, self.device, home)
-        return files(split.images, members, augmentation, self.image_size, self.device, self.num_workers, in_memory)
+    def _source(self, split: Split, members: np.ndarray, home: torch.device | None, keep_decoded: bool) -> Source:
+        """`keep_decoded`: image files that are to be augmented; of those that are only tested the finished views are kept."""
+        images, augmentation = split.images, self.dataset.augmentation
+        if isinstance(images, Tensor):
+            return TensorSource(images, augmentation, self.image_size, self.device, home or torch.device("cpu"))
+        same = (images, members, augmentation, self.image_size, self.device)
+        if not keep_decoded:
+            return EvaluationFileSource(*same, self.num_workers, home)
+        if home == self.device:
+            return DecodedSource(*same, threads=max(1, self.num_workers))
+        return FileSource(*same, self.num_workers, in_memory=home is not None)
 
-    def _files_fit(self, trained: np.ndarray, tested: np.ndarray) -> bool:
-        if isinstance(self.dataset.train.images, Tensor):
-            return True
-        needed = decoded_bytes(self.dataset.train.images, trained) + len(tested) * 3 * self.image_size**2
-        return needed * self.copies * _SHARE <= free_memory()
+    def _home(self, needed: int) -> torch.device | None:
+        """Where `needed` bytes of images are kept; None if nowhere."""
+        main = torch.device("cpu")
+        if self.placement == "lazy":
+            return None
+        if self.device != main and needed * _SHARE <= free_memory(self.device):
+            return self.device
+        return main if self.placement == "memory" or needed * self.copies * _SHARE <= free_memory() else None
+
+    def _decoded_bytes(self, trained: np.ndarray, tested: np.ndarray) -> int:
+        train, test = self.dataset.train.images, self.dataset.test.images
+        if isinstance(train, Tensor):
+            return train.nbytes + test.nbytes
+        return decoded_bytes(train, trained) + len(tested) * 3 * self.image_size**2
 
     def split_record(self) -> dict[str, Any]:
         """What the run's split was, for its folder: classes and images of every task, with SHA-256 sums.
