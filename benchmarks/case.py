@@ -9,9 +9,13 @@
 - `floor`: the plain timm ViT's forward and backward with nothing to train but its input; then its plain forward.
 - `backbone`: the same of the project's frozen ViT, whose last block may be shorter (`backbone/class_token.py`).
 
+On the CPU, whose speed wanders on most machines, a step of the floor is taken between any two steps of the other kinds, and
+the median quotient of neighbours is reported beside the seconds; the evaluation of an image likewise.
+
 Peak memory: on CUDA `max_memory_allocated` of the process. On the CPU the largest resident size of the process minus what it
 had been before the backbone was built, so that Python and its libraries are not counted and everything else is: weights,
-adapters, activations, gradients, and what the allocator keeps. It is taken after the training steps, before evaluation.
+adapters, activations, gradients, and what the allocator keeps. It is taken after the first steps (`warmup`), before there is a
+floor in the process, and before evaluation.
 """
 
 import json
@@ -56,20 +60,75 @@ class Case(NamedTuple):
 
 
 class Stopwatch:
-    """The session of a learner: notes when each optimizer step ends and asks for nothing else."""
+    """Times what happens between its calls. As the session of a learner it asks for nothing and times the optimizer steps.
 
-    def __init__(self, device: torch.device) -> None:
-        self.clock, self.marks = Clock(device), []
+    After `warmup` calls, which are not counted, `ready` is called once; what it returns, if anything, is run and timed before
+    every call to come, as the pace that the machine keeps.
+    """
+
+    def __init__(self, device: torch.device, warmup: int,
+                 ready: Callable[[], Callable[[], Any] | None] = lambda: None) -> None:
+        self.clock, self.warmup, self.ready = Clock(device), warmup, ready
+        self.calls, self.pace = 0, None
+        self.spans: list[tuple[Any, Any]] = []
+        self.pace_spans: list[tuple[Any, Any]] = []
+        self._began: Any = None
 
     def evaluate(self) -> float:
         return 0.0
 
     def after_step(self) -> None:
-        self.marks.append(self.clock.mark())
+        now = self.clock.mark()
+        self.calls += 1
+        if self.calls > self.warmup:
+            self.spans.append((self._began, now))
+        elif self.calls == self.warmup and (pace := self.ready()):
+            pace()
+            self.pace = pace
+        if self.pace:
+            first = self.clock.mark()
+            self.pace()
+            self.pace_spans.append((first, self.clock.mark()))
+        self._began = self.clock.mark()
 
-    def median(self, warmup: int) -> float:
-        """Seconds of a step, the first `warmup` left out."""
-        return statistics.median(self.clock.differences(self.marks)[max(warmup - 1, 0):])
+    def median(self) -> float:
+        """Seconds between two calls."""
+        return statistics.median(self._seconds(self.spans))
+
+    def over_pace(self) -> float | None:
+        """The median quotient of a span and the run of the pace right before it; None without a pace."""
+        if not self.pace:
+            return None
+        spans, paces = self._seconds(self.spans), self._seconds(self.pace_spans)
+        return statistics.median(span / pace for span, pace in zip(spans, paces))
+
+    def _seconds(self, spans: list[tuple[Any, Any]]) -> list[float]:
+        return [self.clock.seconds(*span) for span in spans]
+
+
+class Plain:
+    """A ViT that nothing is trained in: forward, and backward to its input, on the case's batch in its precision."""
+
+    def __init__(self, case: Case, vit: torch.nn.Module, size: int, device: torch.device) -> None:
+        self.case, self.vit = case, vit.to(device)
+        self.run = torch.compile(self.vit) if case.compile else self.vit
+        self.pixels = _batch(case, size, device)[0].requires_grad_()
+
+    @classmethod
+    def floor(cls, case: Case, device: torch.device) -> "Plain":
+        """The plain timm ViT."""
+        vit, _ = load_vit(case.backbone, pretrained=False, weights=None, seed=0)
+        return cls(case, vit, data_config(vit)[0], device)
+
+    def forward(self, compiled: bool = True) -> Tensor:
+        """Features of the batch."""
+        with torch.autocast(self.pixels.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
+            return (self.run if compiled else self.vit)(self.pixels)
+
+    def step(self, compiled: bool = True) -> None:
+        """Forward and backward."""
+        self.forward(compiled).float().square().mean().backward()
+        self.pixels.grad = None
 
 
 def config_of(case: Case) -> Config:
@@ -127,25 +186,34 @@ def train_on(learner: SDLoRA, session: Any, images: Tensor, labels: Tensor, step
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds per step and per evaluated image (medians over the steps), peak memory in bytes."""
+    """Seconds per step and per evaluated image (medians over the steps), peak memory in bytes; on the CPU, for all but the
+    floor itself, also how often the floor's time both take."""
     device, _ = pick_device([case.device])
     config = config_of(case)
     torch.zeros(1, device=device).sum()
     before = 0 if device.type == "cuda" else peak_memory(device)
-    make = _floor if case.kind in ("floor", "backbone") else _learner
-    train, predict, more = make(case, config, device)
-    watch = Stopwatch(device)
+    train, predict, more = (_plain if case.kind in ("floor", "backbone") else _learner)(case, config, device)
+    paced = device.type == "cpu" and case.kind != "floor"
+    peaks: list[int] = []
+    floors: list[Plain] = []
+
+    def ready() -> Callable[[], Any] | None:
+        # The kernel counts pages in batches of its own: a small network may seem to need less than nothing.
+        peaks.append(max(0, peak_memory(device) - before))
+        floors.extend([Plain.floor(case, device)] if paced else [])
+        return floors[0].step if paced else None
+
+    watch = Stopwatch(device, case.warmup, ready)
     train(watch)
-    # The kernel counts pages in batches of its own: a small network may seem to need less than nothing.
-    seconds, peak = watch.median(case.warmup), max(0, peak_memory(device) - before)
-    result = {**case._asdict(), "step_seconds": seconds, "peak_bytes": peak, **more}
+    result = {**case._asdict(), "step_seconds": watch.median(), "step_over_floor": watch.over_pace(), "peak_bytes": peaks[0],
+              **more}
     if predict is not None:
-        watch = Stopwatch(device)
+        watch = Stopwatch(device, case.warmup, lambda: floors[0].forward if paced else None)
         with torch.no_grad():
             for _ in range(case.warmup + case.steps):
                 predict()
                 watch.after_step()
-        result["image_seconds"] = watch.median(case.warmup) / case.batch
+        result |= {"image_seconds": watch.median() / case.batch, "image_over_floor": watch.over_pace()}
     return result
 
 
@@ -166,38 +234,25 @@ def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable
     return train, predict if case.kind == "step" else None, {}
 
 
-def _floor(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable, dict[str, Any]]:
-    if case.kind == "backbone":
-        vit = create_backbone(config)
-        size = vit.image_size
+def _plain(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable, dict[str, Any]]:
+    if case.kind == "floor":
+        plain = Plain.floor(case, device)
     else:
-        vit, _ = load_vit(case.backbone, pretrained=False, weights=None, seed=config.seed[0])
-        size = data_config(vit)[0]
-    vit = vit.to(device)
-    images, _ = _batch(case, size, device)
-    run = torch.compile(vit) if case.compile else vit
-    pixels = images.requires_grad_()
-
-    def forward(network: Callable[[Tensor], Tensor] = run) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-            return network(pixels)
-
-    def step(network: Callable[[Tensor], Tensor] = run) -> None:
-        forward(network).float().square().mean().backward()
-        pixels.grad = None
+        frozen = create_backbone(config)
+        plain = Plain(case, frozen, frozen.image_size, device)
 
     def train(watch: Stopwatch) -> None:
         for _ in range(case.warmup + case.steps):
-            step()
+            plain.step()
             watch.after_step()
 
     more = {}
     if device.type == "cuda":
         with FlopCounterMode(display=False) as counter:
-            step(vit)
+            plain.step(compiled=False)
         more = {"flops": counter.get_total_flops(), "bf16_matmul_flops_per_second": _matmul_rate(device)}
         torch.cuda.reset_peak_memory_stats(device)
-    return train, forward, more
+    return train, plain.forward, more
 
 
 def _batch(case: Case, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -209,11 +264,11 @@ def _batch(case: Case, size: int, device: torch.device) -> tuple[Tensor, Tensor]
 def _matmul_rate(device: torch.device, size: int = 8192) -> float:
     """Operations per second of a bfloat16 product of two square matrices (median of ten), two per multiply-add."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, warmup=3)
     for _ in range(13):
         torch.mm(left, right)
         watch.after_step()
-    return 2 * size**3 / watch.median(3)
+    return 2 * size**3 / watch.median()
 
 
 if __name__ == "__main__":

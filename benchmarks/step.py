@@ -35,12 +35,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="the default gives every adapter a part in every step, which is the most work there can be")
     parser.add_argument("--compile", action="store_true", help="step and floor with torch.compile; the references never")
     parser.add_argument("--steps", type=int, default=5, help="measured steps per process")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those; the peak of memory is that of these")
     parser.add_argument("--repeats", type=int, default=3, help="processes per case")
     parser.add_argument("--references", nargs="*", default=["loop", "stacked"], choices=["loop", "stacked"],
                         help="what to compare with besides the floor; none if empty")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json", help="where the JSON goes")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.warmup < 1 or options.steps < 1:
+        parser.error("--warmup and --steps take a number of at least 1")
+    return options
 
 
 def keys_of(options: argparse.Namespace) -> list[Key]:
@@ -84,8 +87,9 @@ def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dic
     for key in keys_of(options):
         mine = [r for r in results if (r["kind"], r["adapters"], r["precision"]) == key and "error" not in r]
         if mine:
-            names = ("step_seconds", "image_seconds", "peak_bytes", "flops", "bf16_matmul_flops_per_second")
-            found[key] = {name: statistics.median(r[name] for r in mine) for name in names if name in mine[0]}
+            names = ("step_seconds", "step_over_floor", "image_seconds", "image_over_floor", "peak_bytes", "flops",
+                     "bf16_matmul_flops_per_second")
+            found[key] = {name: statistics.median(r[name] for r in mine) for name in names if mine[0].get(name) is not None}
     rows = [_row(found, options, precision, adapters) for precision in options.precision for adapters in options.adapters]
     return {"rows": rows,
             "floors": {p: found.get(("floor", 0, p)) for p in options.precision},
@@ -99,10 +103,11 @@ def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precis
     floor, backbone = ("floor", 0, precision), ("backbone", 0, precision)
     row = {"precision": precision, "adapters": adapters}
     row |= {name: found.get(step, {}).get(name) for name in ("step_seconds", "image_seconds", "peak_bytes")}
-    row["step_over_floor"] = _ratio(found, "step_seconds", step, floor)
-    row["step_over_backbone"] = _ratio(found, "step_seconds", step, backbone)
+    paced = "step_over_floor" in found.get(step, {})  # then each process has measured its own quotient
+    row["step_over_floor"] = found[step]["step_over_floor"] if paced else _ratio(found, "step_seconds", step, floor)
+    row["step_over_backbone"] = _ratio(found, "step_over_floor" if paced else "step_seconds", step, backbone)
     row["memory_over_none"] = _ratio(found, "peak_bytes", step, base)
-    row["evaluation_over_timm"] = _ratio(found, "image_seconds", step, floor)
+    row["evaluation_over_timm"] = (found[step]["image_over_floor"] if paced else _ratio(found, "image_seconds", step, floor))
     for kind in options.references:
         other = (kind, adapters, "fp32" if kind == "loop" else precision)
         missing = SKIPPED if kind == "loop" and adapters > LOOP_LIMIT else None

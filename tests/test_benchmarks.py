@@ -66,6 +66,26 @@ def test_a_case_measures_time_and_memory(kind: str) -> None:
     assert result["step_seconds"] > 0 and result["kind"] == kind
     assert result["peak_bytes"] >= 0  # this process had more before; in one of its own it is above 0, see below
     assert ("image_seconds" in result) == (kind in ("step", "floor", "backbone"))
+    assert (result["step_over_floor"] is None) == (kind == "floor")
+    if kind in ("step", "backbone"):
+        assert result["step_over_floor"] > 0 and result["image_over_floor"] > 0
+
+
+def test_a_stopwatch_sets_every_span_against_the_pace_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, events = [0.0], []
+    monkeypatch.setattr("benchmarks.common.time.perf_counter", lambda: now[0])
+
+    def take(seconds: float, name: str) -> None:
+        now[0] += seconds
+        events.append(name)
+
+    speeds = iter([1.0, 1.0, 2.0, 4.0])  # the machine slows down; the first pace is not timed
+    watch = case.Stopwatch(torch.device("cpu"), 2, lambda: lambda: take(10 * next(speeds), "pace"))
+    for seconds in (100, 50, 12, 24):  # two to warm up, then 1.2 times the pace
+        take(seconds, "step")
+        watch.after_step()
+    assert events == ["step", "step", "pace", "pace", "step", "pace", "step", "pace"]
+    assert watch.median() == 18 and watch.over_pace() == pytest.approx(1.2)
 
 
 def test_the_step_command_prints_a_table_and_writes_json(tmp_path: Path, capsys) -> None:
@@ -76,7 +96,8 @@ def test_the_step_command_prints_a_table_and_writes_json(tmp_path: Path, capsys)
     record = json.loads(path.read_text())
     row, = record["rows"]
     assert row["adapters"] == 0 and row["memory_over_none"] == 1
-    assert row["step_over_floor"] == pytest.approx(row["step_seconds"] / record["floors"]["fp32"]["step_seconds"])
+    own, = (entry for entry in record["cases"] if entry["kind"] == "step")
+    assert row["step_over_floor"] == own["step_over_floor"] and row["evaluation_over_timm"] == own["image_over_floor"]
     assert all(entry["peak_bytes"] > 2**20 for entry in record["cases"])
     assert {"command", "settings", "hardware", "versions"} <= set(record)
     assert "step / floor" in capsys.readouterr().out
