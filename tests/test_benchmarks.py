@@ -125,6 +125,12 @@ def test_summary_is_of_medians_and_says_what_was_left_out() -> None:
     assert "skipped: memory" in step.shown(summary) and "2 times as fast" in step.shown(summary)
 
 
+def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as refused:
+        step.parse(["--warmup", "0"])
+    assert refused.value.code == 2 and "--warmup and --steps" in capsys.readouterr().err
+
+
 def test_the_run_command_accounts_for_all_of_the_time(tmp_path: Path, capsys) -> None:
     path = tmp_path / "run.json"
     assert run.main(["--backbone", EMBEDDED, "--tasks", "2", "--classes", "4", "--images", "24", "--epochs", "2",
