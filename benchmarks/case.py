@@ -10,7 +10,8 @@
 - `backbone`: the same of the project's frozen ViT, whose last block may be shorter (`backbone/class_token.py`).
 
 On the CPU, whose speed wanders on most machines, a step of the floor is taken between any two steps of the other kinds, and
-the median quotient of neighbours is reported beside the seconds; the evaluation of an image likewise.
+the median quotient of neighbours is reported beside the seconds; the evaluation of an image likewise. Not in the loop, which
+needs the memory for itself.
 
 Peak memory: on CUDA `max_memory_allocated` of the process. On the CPU the largest resident size of the process minus what it
 had been before the backbone was built, so that Python and its libraries are not counted and everything else is: weights,
@@ -186,14 +187,14 @@ def train_on(learner: SDLoRA, session: Any, images: Tensor, labels: Tensor, step
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Seconds per step and per evaluated image (medians over the steps), peak memory in bytes; on the CPU, for all but the
-    floor itself, also how often the floor's time both take."""
+    """Seconds per step and per evaluated image (medians over the steps), peak memory in bytes; on the CPU, for all but floor
+    and loop, also how many times the floor's time both take."""
     device, _ = pick_device([case.device])
     config = config_of(case)
     torch.zeros(1, device=device).sum()
     before = 0 if device.type == "cuda" else peak_memory(device)
     train, predict, more = (_plain if case.kind in ("floor", "backbone") else _learner)(case, config, device)
-    paced = device.type == "cpu" and case.kind != "floor"
+    paced = device.type == "cpu" and case.kind not in ("floor", "loop")
     peaks: list[int] = []
     floors: list[Plain] = []
 

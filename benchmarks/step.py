@@ -107,11 +107,12 @@ def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precis
     row["step_over_floor"] = found[step]["step_over_floor"] if paced else _ratio(found, "step_seconds", step, floor)
     row["step_over_backbone"] = _ratio(found, "step_over_floor" if paced else "step_seconds", step, backbone)
     row["memory_over_none"] = _ratio(found, "peak_bytes", step, base)
-    row["evaluation_over_timm"] = (found[step]["image_over_floor"] if paced else _ratio(found, "image_seconds", step, floor))
+    row["evaluation_over_timm"] = found[step]["image_over_floor"] if paced else _ratio(found, "image_seconds", step, floor)
     for kind in options.references:
         other = (kind, adapters, "fp32" if kind == "loop" else precision)
         missing = SKIPPED if kind == "loop" and adapters > LOOP_LIMIT else None
-        row[f"{kind}_over_step"] = _ratio(found, "step_seconds", other, step) or missing
+        timed = "step_over_floor" if paced and kind != "loop" else "step_seconds"
+        row[f"{kind}_over_step"] = _ratio(found, timed, other, step) or missing
         row[f"memory_over_{kind}"] = _ratio(found, "peak_bytes", step, other) or missing
     reached = found.get(backbone, {})
     if "flops" in reached and row["step_seconds"]:

@@ -66,7 +66,7 @@ def test_a_case_measures_time_and_memory(kind: str) -> None:
     assert result["step_seconds"] > 0 and result["kind"] == kind
     assert result["peak_bytes"] >= 0  # this process had more before; in one of its own it is above 0, see below
     assert ("image_seconds" in result) == (kind in ("step", "floor", "backbone"))
-    assert (result["step_over_floor"] is None) == (kind == "floor")
+    assert (result["step_over_floor"] is None) == (kind in ("floor", "loop"))
     if kind in ("step", "backbone"):
         assert result["step_over_floor"] > 0 and result["image_over_floor"] > 0
 
@@ -123,6 +123,17 @@ def test_summary_is_of_medians_and_says_what_was_left_out() -> None:
     assert second["memory_over_none"] == pytest.approx(3 / 2.2)
     assert summary["bf16_speedup"] == {"0": None, "50": 2.0}
     assert "skipped: memory" in step.shown(summary) and "2 times as fast" in step.shown(summary)
+
+
+def test_quotients_measured_side_by_side_are_preferred_to_those_of_seconds() -> None:
+    options = step.parse(["--adapters", "0", "--precision", "fp32"])
+    cases = [fake("floor", 0, 1.0), fake("loop", 0, 4.4)]
+    cases += [{**fake(kind, 0, 2.2), "step_over_floor": quotient, "image_over_floor": 1.5}
+              for kind, quotient in (("backbone", 0.8), ("step", 1.2), ("stacked", 1.8))]
+    row, = step.summarize(cases, options)["rows"]
+    assert row["step_over_floor"] == 1.2 and row["step_over_backbone"] == pytest.approx(1.5)
+    assert row["stacked_over_step"] == pytest.approx(1.5) and row["evaluation_over_timm"] == 1.5
+    assert row["loop_over_step"] == pytest.approx(2), "the loop leaves no memory for a floor beside it"
 
 
 def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:
