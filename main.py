@@ -5,9 +5,9 @@ import json
 import os
 import sys
 
-from utils import launch
 from utils.errors import UserError
-from utils.signals import Stopped
+from utils.runs import processes as launch
+from utils.runs.signals import Stopped
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
+    from studies.study import Study, is_study, load_study
     from utils.config import load_config
-    from utils.progress import LOGGER
-    from utils.study import Study, is_study, load_study
+    from utils.runs.progress import LOGGER
 
     flags, status = {"seed": options.seed, "device": options.device}, 0
     try:
@@ -48,9 +48,9 @@ def run_all(options: argparse.Namespace) -> int:
             if not alone and (processes := launch.processes_to_start(config.device)) > 1:
                 status = max(status, launch.start(processes, options, path))
                 continue
+            from studies.runner import perform
             from trainer import check, describe, run  # loads torch: --help and mistakes in a config are answered without
-            from utils.runtime import log_to_console
-            from utils.study_runner import perform
+            from utils.runs.runtime import log_to_console
 
             log_to_console()
             if isinstance(config, Study):

@@ -15,23 +15,24 @@ import torch
 from backbone import FrozenViT, create_backbone
 from models import LEARNERS, BaseLearner
 from models.training import epochs_of
-from utils import distributed, run_folder
-from utils.checkpoint import Checkpoints
 from utils.config import Config, config_warnings
 from utils.data import load_dataset
+from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
-from utils.distributed import on_main
-from utils.domains import first_appearances
 from utils.errors import UserError, unknown
-from utils.files import sha256_of, write_json, write_sealed_json
-from utils.launch import place
-from utils.metrics import TaskCounts, kept_set, summary, tally_predictions
-from utils.plots import write_pictures
-from utils.progress import LOGGER, Progress
-from utils.report import curve_lines, final_table, seeds_table
+from utils.results.metrics import TaskCounts, kept_set, summary, tally_predictions
+from utils.results.plots import write_pictures
+from utils.results.report import curve_lines, final_table, seeds_table
 from utils.rng import global_state, restore_global_state
-from utils.run_lock import lock
-from utils.runtime import (
+from utils.runs import distributed
+from utils.runs import folder as run_folder
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.distributed import on_main
+from utils.runs.files import sha256_of, write_json, write_sealed_json
+from utils.runs.lock import lock
+from utils.runs.processes import place
+from utils.runs.progress import LOGGER, Progress
+from utils.runs.runtime import (
     code_version,
     environment,
     hardware,
@@ -43,7 +44,7 @@ from utils.runtime import (
     use_deterministic_algorithms,
     versions,
 )
-from utils.signals import Signals, Stopped
+from utils.runs.signals import Signals, Stopped
 
 
 def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ class Run:
     def finish(self, overwrite: bool = False) -> dict[str, Any]:
         """Trains what is left and returns the record; a run that has ended already is only reported.
 
-        Raises utils.signals.Stopped after a signal, with everything saved.
+        Raises utils.runs.signals.Stopped after a signal, with everything saved.
         """
         done = None if overwrite else on_main(run_folder.finished_result, self.folder)
         if done is not None:

@@ -51,7 +51,7 @@ def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None =
     from analysis import tables  # loads torch: --help and a wrong command line are answered without
     from analysis.pictures import write_pictures
     from analysis.records import find_runs, group_runs
-    from utils.files import write_bytes
+    from utils.runs.files import write_bytes
 
     if not 0 < margin < 100:
         raise UserError(f"--margin: {margin:g} is not a difference in points of accuracy; choose one above 0 and below 100.")

@@ -23,9 +23,9 @@ from models import load_network
 from trainer import build
 from utils.config import config_from_dict
 from utils.errors import UserError
-from utils.files import write_bytes, write_json
-from utils.metrics import TaskCounts
-from utils.runtime import hardware, pick_device, versions
+from utils.results.metrics import TaskCounts
+from utils.runs.files import write_bytes, write_json
+from utils.runs.runtime import hardware, pick_device, versions
 
 Say = Callable[[str], None]
 

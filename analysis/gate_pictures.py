@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from analysis.gate_questions import Answer
-from utils.plots import BLUE, DPI, GRAY, ORANGE, PRUNED, TASKS_ANNOTATED
+from utils.results.plots import BLUE, DPI, GRAY, ORANGE, PRUNED, TASKS_ANNOTATED
 
 Record = Mapping[str, Any]
 

@@ -19,8 +19,8 @@ from models import SavedNetwork
 from utils.config import Config, config_from_dict
 from utils.data_manager import DataManager
 from utils.errors import UserError
-from utils.files import read_sealed_json, sha256_of
-from utils.metrics import TaskCounts, count_predictions
+from utils.results.metrics import TaskCounts, count_predictions
+from utils.runs.files import read_sealed_json, sha256_of
 
 GateRecord = dict[str, Any]
 Answer = dict[str, Any]

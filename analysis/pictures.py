@@ -1,6 +1,6 @@
 """The pictures of a comparison: accuracy against stored parameters, growth of the adapters, accuracy per task.
 
-As in `utils/plots.py`, figures are built as objects without pyplot, and colours can be told apart without colour vision;
+As in `utils/results/plots.py`, figures are objects, without pyplot, and colours can be told apart without colour vision;
 methods differ in marker and line style too. Everything is mean ± sample standard deviation over seeds.
 """
 
@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.measures import MEASURES, values
 from analysis.records import Run, Stream
-from utils.files import write_bytes
-from utils.metrics import mean_std
-from utils.plots import DPI, GRAY
+from utils.results.metrics import mean_std
+from utils.results.plots import DPI, GRAY
+from utils.runs.files import write_bytes
 
 # Okabe & Ito (2008); seven colours by nine markers give 63 methods a look of their own.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -159,7 +159,7 @@ def adapter_curve(run: Run, tasks: int) -> list[float]:
 
 
 def task_accuracies(run: Run, field: str, tasks: int) -> list[float]:
-    """Accuracy in percent on each task at the end, by a field of `utils.metrics.TaskCounts`; NaN where there is none."""
+    """Accuracy in percent on each task at the end, by a field of `metrics.TaskCounts`; NaN where there is none."""
     counts = run.result["tasks"][-1]["counts"]
     if len(counts["images"]) != tasks:
         return [float("nan")] * tasks

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import Config, config_from_dict
-from utils.config_file import read_config_file
+from utils.config.file import read_config_file
 from utils.errors import UserError
-from utils.files import read_sealed_json
-from utils.run_folder import NOT_COMPARED
+from utils.runs.files import read_sealed_json
+from utils.runs.folder import NOT_COMPARED
 
 RECORD = "results.json"
 # Committed records, as docs/results/<study>/<name>/seed_<seed>.json.
@@ -157,7 +157,7 @@ def _read_record(path: Path) -> _Entry:
 
 def _read_study(path: Path) -> Iterator[_Entry]:
     """The runs of a study, finished here or with a committed record."""
-    from utils.study import load_study
+    from studies.study import load_study
 
     for run in load_study(path).runs():
         record, own = run.record(), run.folder / RECORD

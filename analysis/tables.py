@@ -10,7 +10,7 @@ from typing import Any
 from analysis.measures import Measure, difference, measures_of, values
 from analysis.records import Found, Method, Run, Stream
 from analysis.statistics import Paired
-from utils.metrics import mean_std
+from utils.results.metrics import mean_std
 
 MISSING = "-"
 SIGNIFICANT = 0.05

@@ -25,7 +25,7 @@ default_cfgs = generate_default_cfgs(
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "description": "pretrained on rendered characters by backbone/pretrain_embedded.py",
+            "description": "pretrained on rendered characters by tools/pretrain_embedded.py",
         }
     }
 )

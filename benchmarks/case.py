@@ -36,9 +36,9 @@ from benchmarks.references import loop_layers, stacked_layers
 from models.sdlora import SDLoRA
 from trainer import build
 from utils.config import Config, config_from_dict
-from utils.progress import Progress
 from utils.rng import generator
-from utils.runtime import peak_memory, pick_device
+from utils.runs.progress import Progress
+from utils.runs.runtime import peak_memory, pick_device
 
 CLASSES = 10  # of the current task
 REFERENCES = {"loop": loop_layers, "stacked": stacked_layers}

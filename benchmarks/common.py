@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from utils.data import DATASETS, PHOTOS, Dataset, Split
-from utils.files import write_json
-from utils.runtime import code_version, environment, hardware, versions
+from utils.runs.files import write_json
+from utils.runs.runtime import code_version, environment, hardware, versions
 
 GENERATED = "generated"  # the name under which generated images are a data set in this process
 

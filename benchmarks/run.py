@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import GENERATED, generated_dataset, record_of, register, table, write_record
 from benchmarks.timed_run import TimedRun
 from utils.config import config_from_dict
-from utils.runtime import pick_device
+from utils.runs.runtime import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_SHARE = 5  # training images per test image, as in CIFAR-100

@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = measure(options)
     summary = summarize(results, options)
     from benchmarks.common import record_of, write_record  # loads torch, which a process that only waits does not need
-    from utils.runtime import pick_device
+    from utils.runs.runtime import pick_device
 
     print(shown(summary), flush=True)
     settings = {**vars(options), "output": str(options.output)}

@@ -19,7 +19,7 @@ from backbone.embedded import EMBEDDED
 from benchmarks.common import GENERATED, generated_dataset, record_of, register, table, write_record
 from benchmarks.timed_run import TimedRun
 from utils.config import Config, config_from_dict
-from utils.runtime import pick_device
+from utils.runs.runtime import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 2  # per task

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from benchmarks.common import Clock
 from trainer import Run
 from utils.config import Config
-from utils.metrics import TaskCounts
+from utils.results.metrics import TaskCounts
 
 PARTS = ("data", "forward and backward", "optimizer", "evaluation", "saving")
 

@@ -15,7 +15,7 @@ from backbone.heads import HEADS
 from backbone.lora import AdapterBank, inject
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import read_sealed_json, sha256_of, write_safetensors, write_torch
+from utils.runs.files import read_sealed_json, sha256_of, write_safetensors, write_torch
 
 if TYPE_CHECKING:
     from models.sdlora import SDLoRA

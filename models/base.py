@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backbone import FrozenViT
 from utils.config import Config, refuse_inactive
 from utils.data_manager import DataManager
-from utils.progress import Progress
+from utils.runs.progress import Progress
 
 
 class Session(Protocol):
@@ -22,7 +22,7 @@ class Session(Protocol):
 
     def after_step(self) -> None:
         """To be called between optimizer steps, when `state` is one to go on from: may write a checkpoint, and raises
-        utils.signals.Stopped when the run is to stop."""
+        utils.runs.signals.Stopped when the run is to stop."""
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.cosine_head import CosineHead
+from backbone.heads.cosine import CosineHead
 from models.artifacts import save_head
 from models.base import BaseLearner, Session, TaskReport
 from models.training import GradientLearner, learning_rate
-from utils import distributed
 from utils.errors import UserError
+from utils.runs import distributed
 
 GATE_KEYS = frozenset({
     "gate_lr", "gate", "gate_compensation", "gate_noise", "gate_price", "gumbel_tau_init", "gumbel_tau_final",

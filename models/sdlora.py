@@ -15,13 +15,13 @@ from models.artifacts import beta_record, save_task
 from models.base import Session, TaskReport
 from models.growth import RULES, Decision, Evidence
 from models.training import GradientLearner, epochs_of, learning_rate, make_row_optimizer
-from utils import distributed
 from utils.config import Config
 from utils.errors import UserError
 from utils.gumbel_utils import TemperatureScheduler, sample_gumbel, sparsity_loss
-from utils.progress import LOGGER
-from utils.report import growth_lines
+from utils.results.report import growth_lines
 from utils.rng import generator
+from utils.runs import distributed
+from utils.runs.progress import LOGGER
 
 
 class SDLoRA(GradientLearner):

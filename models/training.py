@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from backbone.heads import HEADS
 from models.base import BaseLearner, Session, TaskReport
 from models.meter import Meter
-from utils import distributed
 from utils.config import Config
 from utils.errors import UserError
-from utils.progress import LOGGER
 from utils.rng import generator
+from utils.runs import distributed
+from utils.runs.progress import LOGGER
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 

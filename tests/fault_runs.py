@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 POLL_SECONDS = 0.0004  # a save of the embedded backbone's checkpoint takes a few milliseconds
 LIMIT_SECONDS = 300
@@ -156,8 +157,8 @@ def unreadable(path: Path, data: bytes, scratch: Path) -> str | None:
     import safetensors.torch
     import torch
 
-    from utils.checkpoint import Checkpoints
-    from utils.files import read_sealed_json
+    from utils.runs.checkpoint import Checkpoints
+    from utils.runs.files import read_sealed_json
 
     try:
         if path.suffix == ".json":

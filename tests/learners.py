@@ -9,7 +9,7 @@ from backbone.embedded import EMBEDDED
 from models import LEARNERS, BaseLearner
 from trainer import build
 from utils.config import Config, config_from_dict
-from utils.progress import Progress
+from utils.runs.progress import Progress
 
 SMALL = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "backbone_type": EMBEDDED, "init_epoch": 1,
          "epochs": 1, "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "device": "cpu"}

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.learners import small_config
 from trainer import run
-from utils.files import write_sealed_json
-from utils.metrics import TaskCounts, summary
+from utils.results.metrics import TaskCounts, summary
+from utils.runs.files import write_sealed_json
 
 IMAGES = 100  # of every task's test set
 

@@ -5,18 +5,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models import LEARNERS
+from tests.helpers import ROOT
 from utils.data import DATASETS
 
-ROOT = Path(__file__).resolve().parent.parent
 # Who may import whom, besides itself.
 MAY_IMPORT = {
-    "main": {"trainer", "utils"},
+    "main": {"studies", "trainer", "utils"},
+    "studies": {"trainer", "models", "backbone", "utils"},
     "trainer": {"models", "backbone", "utils"},
     "models": {"backbone", "utils"},
     "backbone": {"utils"},
     "utils": set(),
-    "analysis": {"main", "trainer", "models", "backbone", "utils", "benchmarks"},
-    "benchmarks": {"main", "trainer", "models", "backbone", "utils", "analysis"},
+    "analysis": {"main", "studies", "trainer", "models", "backbone", "utils", "benchmarks"},
+    "benchmarks": {"main", "studies", "trainer", "models", "backbone", "utils", "analysis"},
+    "tools": {"main", "studies", "trainer", "models", "backbone", "utils"},
 }
 FILES = [path for part in MAY_IMPORT for path in [ROOT / f"{part}.py", *sorted((ROOT / part).rglob("*.py"))] if path.exists()]
 

@@ -1,10 +1,10 @@
 """The configs under exps/: the published protocol in numbers; schema and table made from the class."""
 
 import json
-from pathlib import Path
 
 import pytest
 
+from tests.helpers import ROOT
 from utils.config import (
     GROUPS,
     Config,
@@ -17,7 +17,6 @@ from utils.config import (
 )
 from utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPS = ROOT / "exps"
 SHIPPED = sorted(path for path in EXPS.glob("*.json") if not path.name.endswith(".schema.json"))
 MINIMAL = {"dataset": "digits", "init_cls": 2}

@@ -15,9 +15,9 @@ from torchvision.datasets import CIFAR100
 from main import main
 from models import load_network
 from tests.data_files import class_pixels, pack_cifar, write_cifar100, write_class_folders, write_domainnet
-from tests.test_config import OFFICIAL_FILES
+from tests.helpers import ROOT
+from tests.utils.config.test_config import OFFICIAL_FILES
 
-ROOT = Path(__file__).resolve().parent.parent
 # The smallest ViT that timm has, for 160 pixels; `FAST` leaves a step or two per task.
 FAST = {"backbone_type": "test_vit", "pretrained": False, "device": "cpu", "init_epoch": 1, "epochs": 1, "batch_size": 16,
         "init_lr": 0.01, "lrate": 0.01, "rank": 2, "eval_every": 0}

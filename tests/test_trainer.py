@@ -19,11 +19,10 @@ import trainer
 from main import main
 from models import load_network
 from models.sdlora import SDLoRA
+from tests.helpers import ROOT
 from tests.learners import SMALL, learn, learner_of, small_config
-from utils.metrics import TaskCounts, count_predictions, summary
-from utils.progress import LOGGER
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.results.metrics import TaskCounts, count_predictions, summary
+from utils.runs.progress import LOGGER
 
 
 def write_config(folder: Path, **changes) -> Path:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from utils.data import Dataset, Split
-from utils.data_source import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
-from utils.domains import apply_domain, check_domains
+from utils.data.domains import apply_domain, check_domains
+from utils.data.loader import View
+from utils.data.reader import decoded_bytes, free_memory, undecodable
+from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
 from utils.errors import UserError, unknown
-from utils.image_loader import View
-from utils.image_reader import decoded_bytes, free_memory, undecodable
 from utils.rng import generator
 
 PLACEMENTS = ("auto", "memory", "lazy")
@@ -41,8 +41,8 @@ class DataManager:
     files when they are needed and leaves tensors off the device; "auto" is "memory" if that fits, else "lazy", where
     `copies` processes share this machine's main memory. `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
-    beforehand and leaves those out. `task_domains`: the image domain of every task (utils/domains.py); None shows all images
-    as they are.
+    beforehand and leaves those out. `task_domains`: the image domain of every task (utils/data/domains.py); None shows
+    all images as they are.
 
     class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
     order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`. bad_images: files

@@ -1,0 +1,109 @@
+"""The aligned classifier: after each task the whole linear head is trained again, on features drawn from Gaussians that
+stand for the classes (classifier alignment of SLCA, Zhang et al., 2023).
+
+Shapes: d width, c classes of a task, P = d (d + 1) / 2 entries of a symmetric matrix, n images or samples of a class.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.heads.linear import Features, GrowingHead
+from utils.config import Config
+from utils.rng import generator
+
+LOGIT_NORM = 0.1  # SLCA's: logits are trained at a norm of 1 / 0.1, so that no task's can outgrow the others'
+MOMENTUM = 0.9
+JITTER = 1e-4  # SLCA's, here relative to the mean variance
+
+
+class AlignedHead(GrowingHead):
+    """A linear head whose every row is trained against every other, though the tasks' images are gone.
+
+    Statistics, per class: means `[classes, d]` and covariances `[classes, P]` (divisor `n - 1`, lower triangle row by row),
+    float32. sizes: classes of each task.
+    """
+
+    kind = "aligned"
+    STATISTICS = ("means", "covariances", "sizes")
+
+    def __init__(self, width: int, config: Config, seed: int) -> None:
+        super().__init__(width, config, seed)
+        self.register_buffer("means", torch.zeros(0, width))
+        self.register_buffer("covariances", torch.zeros(0, width * (width + 1) // 2))
+        self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
+
+    @torch.no_grad()
+    def collect(self, features: Features, classes: int) -> list[Tensor]:
+        """Per class the number of images `[c]`, the sum of features `[c, d]` and of their outer products `[c, d, d]`."""
+        options = {"dtype": torch.float64, "device": self.weight.device}
+        counts = torch.zeros(classes, **options)
+        sums, products = (torch.zeros(classes, *shape, **options) for shape in ((self.width,), (self.width, self.width)))
+        for batch, labels in features:
+            for label in labels.unique().tolist():
+                members = batch[labels == label].double()
+                counts[label] += len(members)
+                sums[label] += members.sum(0)
+                products[label] += members.T @ members
+        return [counts, sums, products]
+
+    @torch.no_grad()
+    def absorb(self, sums: list[Tensor], task: int) -> None:
+        counts, totals, products = sums
+        means = totals / counts[:, None]
+        scatter = products - counts[:, None, None] * means[:, :, None] * means[:, None, :]
+        covariances = scatter / (counts - 1).clamp_min(1)[:, None, None]
+        rows, columns = torch.tril_indices(self.width, self.width, device=covariances.device)
+        self.means = torch.cat([self.means, means.to(self.means)])
+        self.covariances = torch.cat([self.covariances, covariances[:, rows, columns].to(self.covariances)])
+        self.sizes = torch.cat([self.sizes, self.sizes.new_tensor([len(counts)])])
+        with torch.enable_grad():
+            self._align(task)
+
+    def covariance(self, label: int) -> Tensor:
+        """Covariance `[d, d]` of the features of class `label`, float64."""
+        rows, columns = torch.tril_indices(self.width, self.width, device=self.weight.device)
+        full = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.weight.device)
+        full[rows, columns] = self.covariances[label].double()
+        return full + full.tril(-1).T
+
+    def draw(self, factors: list[Tensor], samples: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`samples` features of every class `[classes n, d]`, class by class, and their labels."""
+        parts = []
+        for mean, lower in zip(self.means, factors, strict=True):
+            noise = torch.randn(samples, self.width, generator=stream).to(self.weight)
+            parts.append(mean.to(self.weight) + noise @ lower.T.to(self.weight))
+        return torch.cat(parts), torch.arange(len(factors), device=self.weight.device).repeat_interleave(samples)
+
+    def _align(self, task: int) -> None:
+        """Trains all rows from where they are, in batches of as many images as a class has samples, by SGD along a cosine.
+
+        Every draw is keyed by (seed, task), so each process of a run arrives at the same rows.
+        """
+        config, stream = self.config, generator(self.seed, "align", task)
+        weight, bias = (tensor.clone().requires_grad_() for tensor in (self.weight, self.bias))
+        optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
+        factors = [factor(self.covariance(label)) for label in range(len(self.means))]
+        for _ in range(config.align_epochs):
+            features, labels = self.draw(factors, config.align_samples, stream)
+            order = torch.randperm(len(labels), generator=stream).to(labels.device)
+            for batch in order.split(config.align_samples):
+                logits = level(F.linear(features[batch], weight, bias), self.sizes.tolist())
+                F.cross_entropy(logits, labels[batch]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            schedule.step()
+        self.weight, self.bias = weight.detach(), bias.detach()
+
+
+def level(logits: Tensor, sizes: list[int]) -> Tensor:
+    """Logits `[b, classes]` over the mean, over tasks of `sizes` classes, of their norm, times `1 / LOGIT_NORM`."""
+    norms = torch.stack([part.norm(dim=1) for part in logits.split(sizes, 1)]).mean(0)
+    return logits / (norms[:, None] + 1e-7) / LOGIT_NORM
+
+
+def factor(covariance: Tensor) -> Tensor:
+    """Lower triangular `L [d, d]` with `L L^T = C + JITTER tr(C) / d I`: a class of no more than d images has a singular C."""
+    jitter = JITTER * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    return torch.linalg.cholesky(covariance + jitter * torch.eye(len(covariance)).to(covariance))

@@ -1,0 +1,98 @@
+"""The ridge classifier: closed-form ridge regression on randomly projected features (RanPAC, McDonnell et al., 2023).
+
+Shapes: d width, M = `ridge_dim` random features, c classes of a task, classes: of all tasks so far.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.heads.linear import Features, GrowingHead
+from utils.config import Config
+from utils.errors import UserError
+from utils.rng import generator
+from utils.runs.progress import LOGGER
+
+HELD_OUT = 5  # every fifth image of a task is left out of the fit by which "auto" chooses
+CANDIDATES = [10.0**-exponent for exponent in range(6)]  # of equally good ones the first, the strongest
+
+
+class RidgeHead(GrowingHead):
+    """Predicts with `argmin_W sum ||W h - y||^2 + lambda ||W||^2`, `h = relu(f P)`, `y` one-hot, over the images of all tasks.
+
+    projection: P `[d, M]`, Gaussian, fixed by the seed. Statistics: gram `sum h h^T` `[M, M]` and cross `sum h y^T`
+    `[M, classes]`, float64, since a small lambda drowns in the rounding of float32; readout: W `[classes, M]`.
+
+    The adapters are trained against the linear rows, which also answer for all classes while a task is being learned: the
+    closed form has nothing to say of its classes yet.
+    """
+
+    kind = "ridge"
+    STATISTICS = ("projection", "gram", "cross", "readout")
+
+    def __init__(self, width: int, config: Config, seed: int) -> None:
+        super().__init__(width, config, seed)
+        size = config.ridge_dim or 8 * width
+        stream = generator(seed, "projection")
+        self.register_buffer("projection", torch.randn(width, size, generator=stream) / math.sqrt(width))
+        self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
+        self.register_buffer("cross", torch.zeros(size, 0, dtype=torch.float64))
+        self.register_buffer("readout", torch.zeros(0, size))
+
+    def random_features(self, features: Tensor) -> Tensor:
+        """`relu(f P)` `[b, M]`."""
+        return F.relu(features @ self.projection.to(features.dtype))
+
+    @torch.no_grad()
+    def collect(self, features: Features, classes: int) -> list[Tensor]:
+        """gram `[M, M]` and cross `[M, c]` of the images to fit, then of those held out."""
+        size, options = len(self.gram), {"dtype": torch.float64, "device": self.weight.device}
+        sums = [torch.zeros(size, columns, **options) for columns in (size, classes) * 2]
+        number = 0
+        for batch, labels in features:
+            h, y = self.random_features(batch).double(), F.one_hot(labels, classes).double()
+            held_out = (torch.arange(number, number + len(h), device=h.device) + 1) % HELD_OUT == 0
+            number += len(h)
+            for part, rows in ((0, ~held_out), (2, held_out)):
+                sums[part] += h[rows].T @ h[rows]
+                sums[part + 1] += h[rows].T @ y[rows]
+        return sums
+
+    @torch.no_grad()
+    def absorb(self, sums: list[Tensor], task: int) -> None:
+        fit_gram, fit_cross, held_gram, held_cross = sums
+        penalty = self.config.ridge_lambda
+        if penalty == "auto":
+            errors = [held_out_error(solve(fit_gram, fit_cross, each), held_gram, held_cross) for each in CANDIDATES]
+            penalty = CANDIDATES[torch.stack(errors).argmin().item()]
+            LOGGER.info(f"Task {task}: ridge_lambda {penalty:g}")
+        self.gram = self.gram + fit_gram + held_gram
+        self.cross = torch.cat([self.cross, fit_cross + held_cross], 1)
+        self.readout = solve(self.gram, self.cross, penalty).T.to(self.readout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.new_weight is not None:
+            return super().forward(features)
+        return F.linear(self.random_features(features), self.readout.to(features.dtype))
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {"weight": self.readout.float(), "projection": self.projection.float()}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> None:
+        self.readout, self.projection = tensors["weight"], tensors["projection"]
+
+
+def held_out_error(W: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """`sum ||W^T h - y||^2 - ||y||^2` over the images whose gram `[M, M]` and cross `[M, c]` are given."""
+    return ((gram @ W) * W).sum() - 2 * (cross * W).sum()
+
+
+def solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+    """`(G + lambda I)^-1 C` `[M, classes]`, lambda being `penalty` times the mean of G's diagonal."""
+    scale = penalty * gram.diagonal().mean()
+    lower, failed = torch.linalg.cholesky_ex(gram + scale * torch.eye(len(gram)).to(gram))
+    if failed.item():
+        raise UserError(f"ridge_lambda: {penalty:g} is too small to solve for the ridge head; choose a larger one.")
+    return torch.cholesky_solve(cross, lower)

@@ -1,0 +1,146 @@
+"""What a study file says: its keys, their types, and what cannot stand together."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from utils.config import Config
+from utils.config.file import read_config_file
+from utils.config.rules import MAX_SEED, FilePath, Seeds, escaped, show
+from utils.errors import UserError, nearest
+
+# Config keys that the study settles for every run (the device: its base, or --device), so that nothing in it may vary them.
+_SETTLED = ("seed", "filepath", "device")
+_MARKS = ("base", "variants", "grid", "jobs")  # keys that only a study has
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
+
+
+class StudyFile(BaseModel):
+    """The keys of a study file; a description says what the key may be."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    base: FilePath = Field(..., description="the config file that the runs start from, relative to the study file")
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4}}')
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description='an object of lists of values such as {"rank": [4, 8]}')
+    seed: Seeds = Field(..., description=f"an integer from 0 to {MAX_SEED}, or a list of different ones")
+    jobs: int = Field(1, ge=1, description="an integer of at least 1")
+    filepath: FilePath | None = Field(None, description="the folder of the runs, as text")
+    results: FilePath | None = Field(None, description="a folder of finished records, relative to the study file, as text")
+
+    def base_of(self, variant: str) -> str:
+        """The config file, relative to the study file, that runs of `variant` start from."""
+        return self.variants.get(variant, {}).get("base", self.base)
+
+    def changes_of(self, variant: str) -> dict[str, Any]:
+        """The config keys that `variant` changes; none for "", the variant of a study without variants."""
+        return {key: value for key, value in self.variants.get(variant, {}).items() if key != "base"}
+
+    def varied(self) -> Iterator[tuple[str, str]]:
+        """Every config key that the file varies, with the place where it does, in words."""
+        for name in self.variants:
+            yield from ((key, f"variant '{name}'") for key in self.changes_of(name))
+        yield from ((key, "grid") for key in self.grid)
+
+
+def is_study(path: str | Path) -> bool:
+    """Whether the file is a study and not a config; raises UserError for a file that cannot be read.
+
+    What is no plain file, such as a shell's `<(...)`, can be read only once, and is left to the loader of configs.
+    """
+    return Path(path).is_file() and _marked(read_config_file(path))
+
+
+def read_study_file(path: Path, changes: Mapping[str, tuple[Any, str]]) -> StudyFile:
+    """The study in the file `path` with the `changes` of the command line to its own keys: key -> (value, option in words).
+
+    Keys beginning with `_comment` are comments, in `variants`, in a variant and in `grid` too. Raises UserError.
+    """
+    source = escaped(str(path))
+    values = {**_without_comments(read_config_file(path)), **{key: value for key, (value, _) in changes.items()}}
+    for key in (key for key in values if key not in StudyFile.model_fields):
+        hint = (" A change of the config goes into 'variants' or 'grid'." if key in Config.model_fields else
+                nearest(key, StudyFile.model_fields) or f" A study has the keys {', '.join(StudyFile.model_fields)}.")
+        raise UserError(f"{source}: '{escaped(key[:60])}' is not a key of a study.{hint}")
+    try:
+        file = StudyFile.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, values, source, changes)) from None
+    for sentence in _mistakes(file):
+        raise UserError(f"{source}{sentence}")
+    return file
+
+
+def read_base(path: Path, source: str) -> dict[str, Any]:
+    """The values in the config file `path`, which the study `source` builds on."""
+    try:
+        values = read_config_file(path)
+    except UserError as error:
+        raise UserError(f"{source}: 'base' cannot be used: {error}") from None
+    if _marked(values):
+        raise UserError(f"{source}: 'base' cannot be used: {escaped(str(path))} is a study itself; name a config.")
+    return values
+
+
+def _marked(values: Mapping[str, Any]) -> bool:
+    return not values.keys().isdisjoint(_MARKS)
+
+
+def _without_comments(values: Any, depth: int = 2) -> Any:
+    """`values` without comment keys, down to the objects inside `variants`; values of config keys are left alone."""
+    if not isinstance(values, dict):
+        return values
+    kept = {key: value for key, value in values.items() if not key.startswith("_comment")}
+    return {key: _without_comments(value, depth - 1) for key, value in kept.items()} if depth else kept
+
+
+def _sentence(error: ValidationError, values: Mapping[str, Any], source: str, changes: Mapping[str, tuple[Any, str]]) -> str:
+    """The first problem in `error`."""
+    problem = error.errors(include_url=False)[0]
+    key, *inner = problem["loc"]
+    wanted = StudyFile.model_fields[key].description
+    if problem["type"] == "missing":
+        return f"{source}: '{key}' must be given; it is {wanted}."
+    origin = changes[key][1] if key in changes else source
+    if inner and isinstance(values[key], dict) and inner[0] in values[key]:
+        place = f"'{escaped(str(inner[0]))}' in '{key}' is {show(values[key][inner[0]])}"
+    else:
+        place = f"'{key}' is {show(values[key])}"
+    return f"{origin}: {place}; '{key}' must be {wanted}."
+
+
+def _mistakes(file: StudyFile) -> Iterator[str]:
+    """What the types let pass, each as the sentence that follows the file's name."""
+    for name, variant in file.variants.items():
+        if not _NAME.fullmatch(name):
+            yield (f": the variant {show(name)} is named unlike a folder; use at most 80 letters, digits and . _ + -, a "
+                   "letter or digit first.")
+        if "base" in variant and not (isinstance(variant["base"], str) and variant["base"]):
+            wanted = StudyFile.model_fields["base"].description
+            yield f", variant '{name}': 'base' is {show(variant['base'])}; it must be {wanted}."
+        for key in (key for key in variant if key in file.grid):
+            yield f": '{key}' is changed by the variant '{name}' and varied by 'grid'; leave out one of the two."
+    for key, place in file.varied():
+        if key in _SETTLED:
+            where = "in the base, or on the command line" if key == "device" else "at the top of the study"
+            yield f", {place}: '{key}' cannot vary within a study; give it {where}."
+        if key not in Config.model_fields:
+            hint = nearest(key, Config.model_fields) or " docs/CONFIG.md lists the keys."
+            yield f", {place}: '{escaped(key[:60])}' is not a key of the config.{hint}"
+    for key, items in file.grid.items():
+        same = [_canonical(item) for item in items]
+        twice = [item for number, item in enumerate(items) if same[number] in same[:number]]
+        if twice:
+            yield f", grid: '{key}' holds {show(twice[0])} twice; leave out one of the two."
+
+
+def _canonical(value: Any) -> str:
+    """The same text for the same number, however it is written."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return json.dumps(float(value) if is_number else value, sort_keys=True)

@@ -1,0 +1,422 @@
+"""python -m analysis.compare: which runs are compared with which, what the tables, files and pictures say."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from analysis.compare import compare, main
+from analysis.measures import MEASURES, measures_of
+from analysis.pictures import growth_figure, heatmap_figure, non_dominated, pareto_figure
+from analysis.records import find_runs, group_runs
+from tests.helpers import ROOT
+from tests.run_records import save, true_record, varied
+from utils.errors import UserError
+
+SEEDS = range(1993, 1998)
+KEPT_SET = {"truth": [True, False, False], "kept": [True, True, False], "precision": 0.5, "recall": 1.0, "f1": 2 / 3,
+            "auc": 0.75}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A finished run on two tasks of the digits."""
+    folder = tmp_path_factory.mktemp("trained") / "tiny"
+    true_record(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(trained) -> dict:
+    from utils.runs.files import read_sealed_json
+
+    return read_sealed_json(trained / "results.json")
+
+
+@pytest.fixture
+def runs(base, tmp_path) -> Path:
+    """`gated` and `sdlora` over five seeds; the first is better, by unlike amounts, with fewer adapters."""
+    folder = tmp_path / "runs"
+    for index, seed in enumerate(SEEDS):
+        save(folder / "gated", varied(base, seed, last=62 + index, adapters=[1, 2, 2], kept_set=KEPT_SET))
+        save(folder / "sdlora", varied(base, seed, last=60 + index % 2, parameters=3000, gate="none"))
+    return folder
+
+
+def streams(*paths: Path, **labels: Path):
+    return group_runs(find_runs(paths, {path: name for name, path in labels.items()}).runs)
+
+
+def methods(*paths: Path, **labels: Path) -> list[tuple[str, list[int]]]:
+    (stream,) = streams(*paths, **labels)
+    return [(method.name, list(method.runs)) for method in stream.methods]
+
+
+def refused(capsys, *arguments: str | Path) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
+    return text
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- which runs, and in which groups
+
+
+def test_a_true_record_is_read_with_all_its_measures(trained):
+    (stream,) = streams(trained)
+    (method,) = stream.methods
+    result = method.runs[1993].result
+    read = {measure.key: measure.read(result) for measure in MEASURES}
+    assert (method.name, stream.tasks) == ("tiny", 2)
+    assert read["last_accuracy"] == result["metrics"]["top1_curve"][-1]
+    assert read["within_task_accuracy"] == result["metrics"]["within_task_curve"][-1]
+    assert read["adapters"] == result["tasks"][-1]["active_adapters"] and read["stored_bytes"] == 4 * read["stored_parameters"]
+    assert read["seconds"] == sum(task["seconds"] for task in result["tasks"]) > 0
+    assert read["peak_memory_mib"] * 2**20 == max(task["peak_memory_bytes"] for task in result["tasks"])
+    assert {key for key, value in read.items() if value is None} == {f"kept_set_{name}"
+                                                                     for name in ("precision", "recall", "f1", "auc")}
+
+
+def test_methods_are_runs_that_differ_in_the_seed_alone(runs, base, tmp_path):
+    assert methods(runs) == [("gated", list(SEEDS)), ("sdlora", list(SEEDS))]
+    # The machine, the folder and what is asked for in vain do not make another method.
+    save(runs / "elsewhere", varied(base, 7, device=["0"], filepath="x", num_workers=3, prefix="y"))
+    assert methods(runs)[0] == ("elsewhere", [7, *SEEDS])
+
+
+def test_layouts_of_folders_and_single_files(base, tmp_path):
+    single = tmp_path / "one" / "results.json"
+    save(tmp_path / "a", varied(base, 1)).rename(tmp_path / "moved.json")
+    single.parent.mkdir()
+    (tmp_path / "moved.json").rename(single)
+    committed = save(tmp_path / "docs" / "study" / "two", varied(base, 1, rank=2), committed=True)
+    copy = tmp_path / "three.json"
+    copy.write_bytes(save(tmp_path / "b", varied(base, 1, rank=3)).read_bytes())
+    expected = [("one", [1]), ("two", [1]), ("three", [1])]
+    assert methods(single, committed, copy) == methods(single.parent, tmp_path / "docs", copy) == expected
+
+
+def test_numbers_in_names_are_sorted_as_numbers(base, tmp_path):
+    for rank in (10, 2, 1):
+        save(tmp_path / f"rank={rank}", varied(base, 1, rank=rank))
+    assert [name for name, _ in methods(tmp_path)] == ["rank=1", "rank=2", "rank=10"]
+
+
+def test_a_committed_copy_is_not_a_second_run(runs, base, tmp_path):
+    committed = tmp_path / "docs" / "study"
+    for index, seed in enumerate(SEEDS):
+        save(committed / "sdlora", varied(base, seed, last=60 + index % 2, parameters=3000, gate="none"), committed=True)
+    assert methods(runs, committed, runs / "sdlora") == [("gated", list(SEEDS)), ("sdlora", list(SEEDS))]
+
+
+def test_equal_names_become_longer_and_labels_win(base, tmp_path):
+    for study, rank in (("s1", 2), ("s2", 3)):
+        save(tmp_path / study / "x", varied(base, 1, rank=rank))
+    assert methods(tmp_path) == [("s1/x", [1]), ("s2/x", [1])]
+    assert methods(tmp_path, new=tmp_path / "s2") == [("x", [1]), ("new", [1])]
+    save(tmp_path / "s1" / "x", varied(base, 2, rank=5))
+    assert methods(tmp_path / "s1") == [("x (rank=2)", [1]), ("x (rank=5)", [2])]
+
+
+def test_the_same_config_run_twice_is_two_methods(base, tmp_path):
+    save(tmp_path / "first", varied(base, 1))
+    save(tmp_path / "again", varied(base, 1, last=61))
+    assert methods(tmp_path) == [("again", [1]), ("first", [1])]
+    other = save(tmp_path / "copies" / "first", varied(base, 1, last=59))
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / 'first'))}.*another run of 'first' with seed 1"):
+        streams(other, tmp_path / "first")
+
+
+@pytest.mark.parametrize("change", [{"dataset": "glyphs"}, {"init_cls": 5}, {"increment": 20}, {"data_path": "./other"},
+                                    {"task_domains": ["plain", "dots", "plain"]}, {"shuffle": False}])
+def test_unlike_streams_are_never_in_one_table(runs, base, change):
+    save(runs / "other", varied(base, 1993, **change))
+    first, second = sorted(streams(runs), key=lambda stream: len(stream.methods))
+    assert [method.name for method in first.methods] == ["other"] and len(second.methods) == 2
+    assert first.title != second.title and first.slug != second.slug
+
+
+def test_more_tasks_or_another_backbone_are_another_stream(base, tmp_path):
+    save(tmp_path / "three", varied(base))
+    save(tmp_path / "four", varied(base, tasks=4))
+    other = varied(base)
+    save(tmp_path / "network", {**other, "backbone": {**other["backbone"], "sha256": "0" * 64}})
+    assert sorted(method.name for stream in streams(tmp_path) for method in stream.methods) == ["four", "network", "three"]
+    assert len(streams(tmp_path)) == 3
+    # That a run stops after all of its tasks is no other stream, and no other method.
+    save(tmp_path / "three", varied(base, 5, nb_tasks=3))
+    assert ("three", [5, 1993]) in [(m.name, sorted(m.runs)) for stream in streams(tmp_path) for m in stream.methods]
+
+
+def test_random_backbones_follow_the_seed_within_a_stream(base, tmp_path):
+    for seed in (1, 2):
+        record = varied(base, seed)
+        save(tmp_path / "x", {**record, "backbone": {**record["backbone"], "source": "random", "sha256": f"{seed}" * 64}})
+    assert methods(tmp_path) == [("x", [1, 2])]
+
+
+@pytest.mark.parametrize("change, words", [({"class_order_sha256": "0"}, "class orders"), (None, "numbers of test images")])
+def test_one_seed_with_unlike_data_is_refused(runs, base, capsys, change, words):
+    record = varied(base, 1993, rank=2)
+    if change is None:
+        record["tasks"][-1]["counts"]["images"][0] += 1
+    path = save(runs / "odd", {**record, **(change or {})})
+    assert words in refused(capsys, runs) and str(path) in refused(capsys, path, runs / "gated") + refused(capsys, runs)
+
+
+def test_unfinished_runs_are_listed_and_left_out(runs, base, tmp_path, capsys):
+    save(runs / "gated", {**varied(base, 7, tasks=2), "finished": False})
+    begun = runs / "sdlora" / "seed_8"
+    begun.mkdir()
+    (begun / "train.log").touch()
+    save(runs / "sdlora" / "seed_1993.old-1", varied(base, 9))
+    page, _ = compare([runs], tmp_path / "out")
+    left_out = page.split("## Left out: not finished")[1]
+    assert "seed_7/results.json: 2 tasks finished, not all" in left_out and f"{begun}: no task is finished" in left_out
+    assert "Seeds: 1993, 1994, 1995, 1996, 1997.\n" in page
+    assert "no run is finished yet" in refused(capsys, runs / "gated" / "seed_7", "--output", tmp_path / "no")
+
+
+def test_a_study_gives_its_runs_in_its_order_finished_here_or_committed(base, tmp_path, monkeypatch):
+    finished, committed = varied(base, 1, rank=3), varied(base, 1, rank=2)
+    own = save(tmp_path / "runs" / "b,rank=3", finished).parent
+    there = save(tmp_path / "docs" / "a,rank=2", committed, committed=True)
+    entries = [("b,rank=3", 1, own, None, finished), ("a,rank=2", 1, tmp_path / "runs/none", there, committed),
+               ("a,rank=2", 2, tmp_path / "runs/later", None, None)]
+    study = SimpleNamespace(runs=lambda: [
+        SimpleNamespace(name=name, seed=seed, folder=folder, recorded=place, record=lambda record=record: record)
+        for name, seed, folder, place, record in entries])
+    module = ModuleType("studies.study")
+    module.load_study = lambda path: study
+    monkeypatch.setitem(sys.modules, "studies.study", module)
+    file = tmp_path / "study.json"
+    file.write_text('{"base": "../digits.json"} // a study')
+    found = find_runs([file])
+    assert methods(file) == [("b,rank=3", [1]), ("a,rank=2", [1])]
+    assert [run.path for run in found.runs] == [own / "results.json", there]
+    assert found.unfinished == [f"{tmp_path / 'runs/later'}: not finished"]
+
+
+# ---- what is said
+
+
+def test_the_differences_are_paired_by_seed_and_tested(runs, tmp_path):
+    compare([runs], tmp_path / "out", margin=1.0)
+    found = {row["measure"]: row for row in lines(tmp_path / "out" / "differences.csv")}
+    d = np.array([62, 63, 64, 65, 66]) - np.array([60, 61, 60, 61, 60])
+    row = found["last_accuracy"]
+    assert (row["baseline"], row["method"], row["n"], row["margin"]) == ("sdlora", "gated", "5", "1.0")
+    assert float(row["mean"]) == pytest.approx(d.mean()) and float(row["sd"]) == pytest.approx(d.std(ddof=1))
+    assert float(row["t_p"]) == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+    assert float(row["no_worse_p"]) == pytest.approx(stats.ttest_1samp(d, -1.0, alternative="greater").pvalue)
+    assert float(row["equal_p"]) == pytest.approx(stats.ttest_1samp(d, 1.0, alternative="less").pvalue)
+    assert (row["wilcoxon_p"], row["wilcoxon_smallest_p"]) == ("0.0625", "0.0625")
+    # Less forgetting is better: the tests say so although the difference is negative.
+    assert float(found["forgetting"]["mean"]) == pytest.approx(-d.mean())
+    assert float(found["forgetting"]["no_worse_p"]) == pytest.approx(float(row["no_worse_p"]))
+    assert (found["adapters"]["mean"], found["adapters"]["t_p"], found["adapters"]["no_worse_p"]) == ("-1.0", "", "")
+    assert "kept_set_f1" not in found  # the baseline has none
+
+
+def test_seeds_that_only_one_side_has_are_not_paired(runs, base, tmp_path):
+    save(runs / "gated", varied(base, 7, last=0, adapters=[1, 2, 2]))
+    page, _ = compare([runs], tmp_path / "out")
+    row = lines(tmp_path / "out" / "differences.csv")[0]
+    assert (row["measure"], row["n"]) == ("last_accuracy", "5") and float(row["mean"]) > 0
+    assert "Without some of them: sdlora (no 7)." in page
+
+
+def test_means_and_deviations_over_seeds(runs, tmp_path):
+    page, _ = compare([runs], tmp_path / "out")
+    summary = {row["method"]: row for row in lines(tmp_path / "out" / "summary.csv")}
+    assert float(summary["gated"]["last_accuracy_mean"]) == 64
+    assert float(summary["gated"]["last_accuracy_sd"]) == pytest.approx(2.5**0.5)
+    assert (summary["gated"]["kept_set_f1_n"], summary["sdlora"]["kept_set_f1_n"]) == ("5", "0")
+    assert summary["sdlora"]["kept_set_f1_mean"] == ""
+    row = next(line for line in page.splitlines() if line.startswith("| gated"))
+    assert [cell.strip() for cell in row.split("|")[2:4]] == ["5", "64.00 ± 1.58"]
+    single = lines(tmp_path / "out" / "comparison.csv")
+    assert len(single) == 10 and {row["seed"] for row in single} == set(map(str, SEEDS))
+    assert [float(row["last_accuracy"]) for row in single if row["method"] == "gated"] == [62, 63, 64, 65, 66]
+    assert f"{single[0]['processor']}, " in page and "(10 runs)" in page
+
+
+def test_missing_figures_are_dashes_and_left_out_of_pairs(runs, base, tmp_path):
+    """The upper bound learns everything at once: one record, whose counts cover every task."""
+    for seed in SEEDS:
+        record = varied(base, seed, last=90, model_name="joint")
+        record["tasks"] = [{**record["tasks"][-1], "task": 0, "active_adapters": 1}]
+        record["metrics"] = {**record["metrics"], "average_accuracy": None, "forgetting": None}
+        save(runs / "joint", record)
+    page, _ = compare([runs], tmp_path / "out")
+    cells = [cell.strip() for cell in next(line for line in page.splitlines() if line.startswith("| joint")).split("|")]
+    assert cells[1:7] == ["joint", "5", "90.00 ± 0.00", "-", "-", "100.00 ± 0.00"]
+    compared = {row["measure"] for row in lines(tmp_path / "out" / "differences.csv") if row["method"] == "joint"}
+    assert {"last_accuracy", "stored_parameters"} <= compared and not {"average_accuracy", "forgetting"} & compared
+    assert "no seed with this figure in common" in page
+    (stream,) = streams(runs)
+    shown = heatmap_figure(stream).axes[0].images[0].get_array()
+    assert shown[[method.name for method in stream.methods].index("joint")].tolist() == [90, 90, 90]
+
+
+def test_one_seed_is_compared_without_interval(runs, tmp_path):
+    page, _ = compare([runs / "gated" / "seed_1993", runs / "sdlora" / "seed_1993"], tmp_path / "out")
+    assert "one seed: no interval, no test" in page and " ± " not in page.split("## How to read")[0]
+
+
+def test_the_baseline_is_sdlora_the_first_or_the_one_named(runs, base, tmp_path, capsys):
+    assert "against `sdlora`" in compare([runs], tmp_path / "out")[0]
+    assert "against `gated`" in compare([runs], tmp_path / "out", baseline="gated")[0]
+    assert "against `gated`" in compare([runs], tmp_path / "out", labels={runs / "sdlora": "old"})[0]
+    assert "gated, sdlora. Did you mean 'sdlora'?" in refused(capsys, runs, "--baseline", "sdlra", "--output", tmp_path / "o")
+    save(runs / "b", varied(base, 1993, dataset="glyphs"))
+    assert "The baseline has no finished run on this stream" in compare([runs], tmp_path / "out", baseline="gated")[0]
+
+
+def test_names_cannot_break_the_table(runs, tmp_path):
+    page, _ = compare([runs], tmp_path / "out", labels={runs / "gated": "a|b"})
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert any("a\\|b" in line for line in table)
+    widths = {len(line) for line in table[:4]}
+    assert len(widths) == 1  # and it reads as plain text
+
+
+# ---- pictures
+
+
+def test_non_dominated_points():
+    assert non_dominated([(1, 50), (2, 40), (2, 60), (3, 60), (0.5, 10), (2, 60)]) == [0, 2, 4, 5]
+    assert non_dominated([]) == []
+
+
+def test_pareto_shows_means_deviations_and_the_front(runs):
+    axes = pareto_figure(streams(runs)[0]).axes[0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")}
+    assert points == {"gated": [[1000, 64]], "sdlora": [[3000, pytest.approx(60.4)]]}  # sdlora is worse in both: no front
+    bar = axes.containers[0].lines[2][1].get_segments()[0]
+    assert bar[:, 1] == pytest.approx([64 - 2.5**0.5, 64 + 2.5**0.5])
+
+
+def test_growth_shows_the_mean_with_its_band_and_the_right_answer(runs, base):
+    save(runs / "gated", varied(base, 7, adapters=[1, 2, 3], kept_set=KEPT_SET))
+    save(runs / "head", varied(base, 7, adapters=[0, 0, 0], rank=1))
+    axes = growth_figure(streams(runs)[0]).axes[0]
+    shown = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert shown.pop("gated") == pytest.approx([1, 2, 13 / 6])
+    assert shown == {"sdlora": [1, 2, 3], "one per task": [1, 2, 3], "right answer (one per new domain)": [1, 1, 1]}
+    edge = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert edge.max() == pytest.approx(13 / 6 + np.std([2, 2, 2, 2, 2, 3], ddof=1))
+
+
+def test_no_growth_picture_without_adapters(base, tmp_path):
+    save(tmp_path / "head", varied(base, adapters=[0, 0, 0]))
+    _, written = compare([tmp_path], tmp_path / "out")
+    assert not any(path.name == "growth.png" for path in written) and (tmp_path / "out" / "pareto.png").exists()
+
+
+def test_heatmap_shows_each_task_at_the_end(base, tmp_path):
+    for seed, shift in ((1, 0), (2, 10)):
+        save(tmp_path / "x", varied(base, seed, right=[[90], [80, 70], [60 + shift, 50, 40]]))
+    above, below = heatmap_figure(streams(tmp_path)[0]).axes[:2]
+    assert above.images[0].get_array().tolist() == [[65, 50, 40]] and below.images[0].get_array().tolist() == [[75, 60, 50]]
+    assert [text.get_text() for text in above.texts] == ["65", "50", "40"]
+
+
+def test_ten_methods_with_long_names_stay_on_the_page(base, tmp_path):
+    domains = [f"rotated+grating+{task}" for task in range(12)]
+    for index in range(10):
+        save(tmp_path / f"a_method_with_quite_a_long_name_{'x' * 30},rank={index + 1},growth_threshold=0.05",
+             varied(base, tasks=12, rank=index + 1, parameters=1000 * (index + 1), last=50 + index, task_domains=domains))
+    (stream,) = streams(tmp_path)
+    for figure in (pareto_figure(stream), growth_figure(stream), heatmap_figure(stream)):
+        figure.draw_without_rendering()
+        renderer, page = figure._get_renderer(), figure.bbox
+        boxes = [legend.get_window_extent(renderer) for legend in figure.legends]
+        for axes in figure.axes:
+            assert axes.get_window_extent(renderer).height > 150 and axes.get_window_extent(renderer).width > 10
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                boxes += [tick.label1.get_window_extent(renderer) for tick in axis.get_major_ticks()
+                          if low <= tick.get_loc() <= high and tick.label1.get_visible()]
+        assert all(page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1 and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1
+                   for box in boxes)
+
+
+# ---- the command
+
+
+def test_the_command_prints_the_page_and_says_what_it_wrote(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert main([str(runs), "--output", str(out)]) == 0
+    text = capsys.readouterr().out
+    names = {"comparison.md", "comparison.csv", "summary.csv", "differences.csv", "pareto.png", "growth.png",
+             "accuracy_per_task.png"}
+    assert {path.name for path in out.iterdir()} == names and all(str(out / name) in text for name in names)
+    page = (out / "comparison.md").read_text(encoding="utf-8")
+    assert page in text and f"python -m analysis.compare {runs} --output {out}" in page
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", page)) == {name for name in names if name.endswith(".png")}
+    for name in names:
+        if name.endswith(".png"):
+            with Image.open(out / name) as image:
+                assert 600 <= image.width <= 2000 and np.asarray(image.convert("L")).std() > 5
+
+
+def test_two_streams_have_pictures_of_their_own(runs, base, tmp_path):
+    save(runs / "glyphs", varied(base, dataset="glyphs"))
+    page, written = compare([runs], tmp_path / "out")
+    assert {"pareto_digits.png", "pareto_glyphs.png"} <= {path.name for path in written}
+    assert page.count("\n## digits, 3 tasks") == page.count("\n## glyphs, 3 tasks") == 1
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    foreign, text = tmp_path / "foreign.json", tmp_path / "notes.json"
+    foreign.write_text('{"dataset": "digits"}')
+    text.write_text("notes")
+    cases = {"there is no such file": [tmp_path / "nowhere"], "no run is there": [empty], "neither the record": [foreign],
+             "malformed JSON": [text], "--margin: 0": [runs, "--margin", "0"], "PATH=NAME": [runs, "--label", "gated"],
+             "no finished run to be called": [runs, "--label", f"{empty}=x"],
+             "no method is called": [runs, "--baseline", "no"]}
+    for words, arguments in cases.items():
+        assert words in refused(capsys, *arguments, "--output", out), words
+        assert not out.exists()
+    (tmp_path / "file").touch()
+    assert "cannot be made" in refused(capsys, runs, "--output", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-40], lambda text: text.replace("_accuracy\": 62", "_accuracy\": 99"),
+                                    lambda text: "[]"])
+def test_a_damaged_record_is_named(runs, tmp_path, capsys, damage):
+    path = runs / "gated" / "seed_1993" / "results.json"
+    before = path.read_text()
+    path.write_text(damage(before))
+    assert path.read_text() != before
+    sentence = refused(capsys, runs, "--output", tmp_path / "out")
+    assert str(path) in sentence and "is damaged" in sentence and not (tmp_path / "out").exists()
+
+
+def test_help_comes_without_torch():
+    check = ("import sys, analysis.compare as c\ntry: c.parse(['--help'])\nexcept SystemExit: pass\n"
+             "sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(option in done.stdout for option in ("--baseline", "--margin", "--output", "--label"))
+
+
+def test_optional_columns_come_with_their_figures(runs, base):
+    (stream,) = streams(runs)
+    assert [measure.key for measure in measures_of(stream.methods[1:])][-1] == "peak_memory_mib"
+    assert [measure.key for measure in measures_of(stream.methods)][-1] == "kept_set_auc"

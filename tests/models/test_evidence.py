@@ -1,0 +1,381 @@
+"""Gate "evidence": what it decides and when, the invariants of whole tasks under it, and what it leaves on disk.
+
+The stream: digits light on dark (task 0), as they are (task 1), and light on dark again (task 2). The right answer is keep,
+keep, drop.
+"""
+
+import copy
+import io
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+import trainer
+from backbone.gates import EvidenceGate
+from models import load_network
+from models.base import BaseLearner
+from tests.learners import Alone, in_float64, learn, learner_of, small_config, test_images
+from utils.config import config_warnings
+from utils.errors import UserError
+from utils.results.metrics import TaskCounts, count_predictions, kept_set
+from utils.runs.progress import LOGGER
+
+STREAM = {"gate": "evidence", "gate_lr": None, "growth_threshold": 0.5, "init_cls": 4, "increment": 3, "batch_size": 64,
+          "task_domains": ["negative", "plain", "negative"], "head_lr": 0.02, "refit_lr": 0.02, "eval_every": 0}
+KEPT = [True, True, False]
+
+
+def config_of(folder: Path | str = "./unused/", **changes):
+    return small_config(folder, **{**STREAM, **changes})
+
+
+def logits(learner: BaseLearner) -> Tensor:
+    learner.start_evaluation()
+    return learner.predict(test_images(learner).to(learner.head.weight.dtype))
+
+
+def everything(learner: BaseLearner) -> list[Tensor]:
+    return [*learner.stored_tensors(), *learner.head.to_file().values(), learner.gate.logits, learner.decision_beta]
+
+
+def same(mine: BaseLearner, theirs: BaseLearner) -> bool:
+    pairs = zip(everything(mine), everything(theirs), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[BaseLearner, list[dict]]:
+    """A learner that has been through the stream undisturbed, and its state before each of the tasks."""
+    learner = learner_of(config_of())
+    states = []
+    for task in range(3):
+        states.append(copy.deepcopy(learner.state()) if task else {})
+        learn(learner, range(task, task + 1))
+    return learner, states
+
+
+@pytest.fixture
+def before(whole: tuple[BaseLearner, list[dict]]) -> Callable[[int], BaseLearner]:
+    """A learner of its own that stands before a task (1 or 2)."""
+
+    def load(task: int) -> BaseLearner:
+        learner = learner_of(config_of())
+        learner.load_state(copy.deepcopy(whole[1][task]))
+        return learner
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> trainer.Run:
+    """The same stream as a run, finished."""
+    folder = tmp_path_factory.mktemp("evidence") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_pictures", lambda result, folder: None)
+        LOGGER.setLevel(logging.INFO)
+        finished = trainer.Run(config_of(folder), 1993, folder, torch.device("cpu"))
+        finished.finish()
+    return finished
+
+
+# ---- the gate by itself
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0])
+def test_one_old_adapter_weighs_what_the_logarithms_say(tau: float) -> None:
+    gate, price = EvidenceGate(), 3.0
+    gate.set_temperature(tau)
+    for shift in (1e-30, 0.5, 1.0, 2.9, 3.0, 3.1, 4.0, 60.0, 1e30):
+        gate.weigh([shift], price)
+        newcomer = min(max(0.5 + (math.log(shift) - math.log(price)) / (2 * tau), 0), 1)
+        assert gate.decide().tolist() == pytest.approx([1 - newcomer, newcomer], abs=1e-5)
+    gate.weigh([price], price)
+    assert gate.decide().tolist() == [0.5, 0.5], "the price is where the two weigh the same"
+    gate.weigh([price * math.exp(tau) * 1.001], price)
+    assert gate.decide().tolist() == [0.0, 1.0], "and a factor of exp(tau) beyond it the old one weighs nothing"
+
+
+def sparsemax_reference(z: np.ndarray) -> np.ndarray:
+    """The projection onto the simplex by its threshold, found by a root search."""
+    threshold = brentq(lambda t: np.maximum(z - t, 0).sum() - 1, z.min() - 1, z.max(), xtol=1e-14)
+    return np.maximum(z - threshold, 0)
+
+
+def test_several_old_adapters_share_by_sparsemax_of_minus_the_logarithm() -> None:
+    gate = EvidenceGate()
+    gate.set_temperature(0.5)
+    for shifts in ([1.0, 1.0, 90.0], [2.0, 5.0, 2.5, 40.0], [0.0, 7.0], []):
+        gate.weigh(shifts, 3.0)
+        ratios = np.maximum([*shifts, 3.0], np.finfo(np.float32).tiny)
+        assert np.allclose(gate.decide(), sparsemax_reference(-np.log(ratios) / 0.5), atol=1e-6)
+        assert gate.decide().sum().item() == pytest.approx(1) and not gate.decide().requires_grad
+
+
+def test_what_is_in_use_enters_whole_however_many_there_are() -> None:
+    gate = EvidenceGate()
+    for count in range(1, 60):
+        gate.replace(torch.arange(float(count)))
+        assert torch.allclose(gate.scale * gate(), torch.ones(count)) and gate().sum().item() == pytest.approx(1)
+        assert not gate.logits.requires_grad and not gate().requires_grad
+
+
+# ---- the decision
+
+
+def decisions(learner: BaseLearner) -> tuple[list[bool], list[Tensor]]:
+    kept, weights = [], []
+    for task in range(3):
+        learner.begin_task(task)
+        kept.append(learner.bank.current == task)
+        weights.append(learner.decision_beta.clone())
+        learner.train(Alone())
+        learner.end_task()
+    return kept, weights
+
+
+def test_it_keeps_where_a_domain_is_new_and_drops_where_it_returns(whole: tuple) -> None:
+    learner, _ = whole
+    assert learner.bank.tasks == [0, 1] and learner.pruning_mask().tolist() == [1, 1, 0] and learner.pruned == {2}
+    assert learner.decision_beta.tolist() == [1.0, 0.0, 0.0], "task 2 is what task 0 was"
+    assert {task: key.classes for task, key in learner.keys.of.items()} == {0: 4 + 3, 1: 3}
+
+
+def test_the_decision_does_not_follow_how_one_trains(whole: tuple) -> None:
+    other = {"init_epoch": 2, "epochs": 2, "batch_size": 100, "init_lr": 0.05, "lrate": 0.002, "head_lr": 0.1, "refit_lr": 0.1,
+             "optimizer": "adam", "rank": 2}
+    learner = learner_of(config_of(**other))
+    kept, weights = decisions(learner)
+    assert kept == KEPT and torch.allclose(weights[-1], whole[0].decision_beta, atol=1e-5)
+    assert [key.classes for key in learner.keys.of.values()] == [7, 3]
+    for mine, theirs in zip(learner.keys.tensors(), whole[0].keys.tensors(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6), "what is remembered is the frozen network's"
+
+
+def test_the_price_decides_and_the_first_task_is_always_kept() -> None:
+    for price, kept in ((1e6, [0]), (1e-6, [0, 1, 2])):
+        learner = learner_of(config_of(gate_price=price))
+        for task in range(3):
+            learner.begin_task(task)
+            if learner.bank.current is not None:
+                learner.bank.commit()
+            learner.head.commit()
+        assert learner.bank.tasks == kept
+
+
+# ---- life of a task
+
+
+@pytest.mark.parametrize("task", [1, 2])
+def test_i1_begin_changes_no_output(task: int, before: Callable[[int], BaseLearner]) -> None:
+    learner = before(task)
+    in_float64(learner)
+    early = learner.backbone.early_tokens
+    learner.backbone.early_tokens = lambda images: early(images.double())
+    old = logits(learner)
+    learner.begin_task(task)
+    assert (learner.bank.current == task) is KEPT[task]
+    assert (logits(learner)[:, :old.shape[1]] - old).abs().max() < 1e-10
+    learner.before_step(0)
+    assert (learner.predict(test_images(learner).double())[:, :old.shape[1]] - old).abs().max() < 1e-10
+
+
+def test_i2_commit_changes_no_output(before: Callable[[int], BaseLearner]) -> None:
+    learner = before(1)
+    learn(learner, range(1, 2), end_last=False)
+    in_float64(learner)
+    old = logits(learner)
+    assert (learner.bank.new_B != 0).any()
+    learner.bank.commit()
+    assert learner.bank.alpha[-1].min() > 0 and (logits(learner) - old).abs().max() < 1e-10
+
+
+def test_the_rows_of_a_kept_task_are_fitted_anew_and_no_others(before: Callable[[int], BaseLearner]) -> None:
+    learner = before(1)
+    learn(learner, range(1, 2), end_last=False)
+    old, rows = logits(learner), learner.head.new_weight.detach().clone()
+    learner.end_task()
+    new = logits(learner)
+    assert torch.allclose(new[:, :4], old[:, :4], atol=1e-5) and not torch.allclose(new[:, 4:], old[:, 4:], atol=1e-2)
+    assert not torch.allclose(learner.head.weight[4:], rows, atol=1e-3)
+
+
+def test_i5_a_task_without_adapter_trains_its_rows_and_nothing_else(before: Callable[[int], BaseLearner]) -> None:
+    learner = before(2)
+    bank, features = learner.bank.snapshot(), learner.embed(test_images(learner))
+    learner.begin_task(2)
+    assert learner.bank.new_A is None and learner.bank.tasks == [0, 1]
+    assert not learner.head.new_weight.any() and not learner.head.new_bias.any(), "rows of a fixed network start alike"
+    assert learner.trainable_parameters() == 3 * 129
+    assert [id(p) for p in learner.optimizer().param_groups[0]["params"]] == list(map(id, learner.head.trainable()))
+    images, labels = next(learner.data.train_batches(2, 0, 32))
+    assert learner.before_step(0) is None
+    learner._accumulate(images, labels, None)
+    assert all(p.grad is None for p in [*learner.bank.parameters(), *learner.backbone.parameters()])
+    assert all(p.grad.any() for p in learner.head.trainable())
+    for p in learner.head.trainable():
+        p.grad = None
+    learner.train(Alone())
+    report = learner.end_task()
+    assert not report.kept and report.active_adapters == 2 and report.pruning_mask == [1, 1, 0]
+    assert learner.head.weight[7:].any()
+    after = learner.bank.snapshot()
+    for name in ("A", "B", "alpha", "scale", "absorbed"):
+        assert torch.equal(bank[name], after[name]), name
+    assert torch.equal(learner.embed(test_images(learner)), features), "what the network sees is what it saw"
+
+
+def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Callable[[int], BaseLearner]) -> None:
+    learner = before(1)
+    alpha = learner.bank.alpha.clone()
+    learner.begin_task(1)
+    weights = learner.gate.logits.clone()
+    assert learner.trainable_parameters() == 6 * 2 * 2 * 4 * 128 + 3 * 129
+    learner.train(Alone())
+    assert torch.equal(learner.bank.alpha[:1], alpha) and torch.equal(learner.gate.logits, weights)
+
+
+def test_i8_evaluating_changes_no_result(whole: tuple) -> None:
+    learner, evaluations = learner_of(config_of(eval_every=1)), []
+    session = Alone()
+    session.evaluate = lambda: evaluations.append(logits(learner).shape[1]) or 0.0
+    for task in range(3):
+        learner.begin_task(task)
+        learner.train(session)
+        learner.end_task()
+    assert evaluations == [4, 7, 10] and same(learner, whole[0])
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping(Alone):
+    """A session that ends after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def after_step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted
+
+
+def resumed(learner: BaseLearner) -> BaseLearner:
+    file = io.BytesIO()
+    torch.save(learner.state(), file)
+    again = learner_of(learner.config)
+    again.load_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    return again
+
+
+def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> None:
+    learner = learner_of(config_of())
+    for task in range(3):  # tasks 0 and 1 with an adapter, task 2 without
+        learner.begin_task(task)
+        with pytest.raises(Interrupted):
+            learner.train(Stopping(3))
+        learner = resumed(learner)
+        assert learner.steps_done() == 3 and (learner.bank.current == task) is KEPT[task]
+        learner.train(Alone())
+        learner = resumed(learner)
+        learner.end_task()
+        learner = resumed(learner)
+    assert same(learner, whole[0])
+    assert torch.equal(logits(learner), logits(whole[0]))
+
+
+# ---- what is left behind
+
+
+def test_artifacts_are_those_of_the_contract(run: trainer.Run) -> None:
+    for task in range(3):
+        record = torch.load(run.folder / f"beta_values_task_{task}.pt")
+        active = [t for t in range(task + 1) if record["pruning_mask"][t]]
+        assert active == [t for t in range(task + 1) if KEPT[t]] and record["kept"] == KEPT[task]
+        assert record["beta_values"].sum().item() == pytest.approx(1) == record["beta_after"].sum().item()
+        assert record["gate_scale"] == len(active)
+        for t in range(task + 1):
+            whole_weight = record["gate_scale"] * record["beta_after"][t].item()
+            assert whole_weight == pytest.approx(1.0 if t in active else 0.0)
+            assert torch.isneginf(record["gate_logits"][t]).item() is (t not in active)
+            assert record["alphas"][t].abs().sum().item() > 0 or t not in active
+        assert (run.folder / f"adapter_task_{task}.safetensors").exists() is KEPT[task]
+        assert (record["threshold"], record["tau"], record["growth_rule"]) == (0.5, 0.5, "threshold")
+
+
+def test_i3_the_network_evaluated_is_the_network_saved(run: trainer.Run) -> None:
+    images = next(iter(run.data.eval_batches("test", range(10), 64)))[0]
+    run.learner.start_evaluation()
+    assert torch.equal(load_network(run.folder, 2)(images), run.learner.predict(images))
+    network, counts = load_network(run.folder, 1), TaskCounts.zeros(2)
+    for images, labels in run.data.eval_batches("test", range(7), 64):
+        counts += count_predictions(network(images), labels, run.data.task_of_class, 2)
+    assert counts == TaskCounts(**run.records[1]["counts"])
+
+
+def test_the_run_is_that_of_the_learner(run: trainer.Run, whole: tuple) -> None:
+    assert same(run.learner, whole[0])
+
+
+def test_results_say_how_right_the_kept_set_is(run: trainer.Run) -> None:
+    result = json.loads((run.folder / "results.json").read_text())
+    found = result["metrics"]["kept_set"]
+    assert found == kept_set(KEPT, KEPT, [task["beta"] for task in result["tasks"]])
+    assert (found["truth"], found["kept"]) == (KEPT, KEPT)
+    assert found["precision"] == found["recall"] == found["f1"] == found["auc"] == 1.0
+    assert [task["kept"] for task in result["tasks"]] == KEPT
+    assert [task["trainable_parameters"] for task in result["tasks"]] == [12288 + 4 * 129, 12288 + 3 * 129, 3 * 129]
+    assert json.loads((run.folder / "split.json").read_text())["task_domains"] == STREAM["task_domains"]
+
+
+def test_log_lines_say_what_was_decided(run: trainer.Run) -> None:
+    text = (run.folder / "train.log").read_text()
+    assert text.count("[Gumbel CL-LoRA] gate=evidence, tau_final=0.5, price=3.0\n") == 1
+    for line in ("Task 2 - Beta values: [1.00 0.00 0.00]", "Current task beta: 0.0000, threshold: 0.5000",
+                 "✓ Keeping adapter for task 1 (beta=1.0000 > 0.5000)",
+                 "✗ Pruning adapter for task 2 (beta=0.0000 <= 0.5000)", "Active adapters: 2/3 (66.7%)"):
+        assert f"[Conditional Growth] {line}\n" in text
+    assert "tau=" not in text and "sparse=" not in text
+
+
+# ---- with other parts, and what is refused
+
+
+@pytest.mark.parametrize("changes", [{"head": "cosine"}, {"head": "ridge", "ridge_dim": 48},
+                                     {"head": "aligned", "align_epochs": 1, "align_samples": 16}, {"precision": "bf16"},
+                                     {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002}],
+                         ids=lambda changes: next(iter(changes.values())))
+def test_it_works_with_every_head_and_precision(changes: dict) -> None:
+    learner = learner_of(config_of(nb_tasks=2, task_domains=["negative", "negative"], **changes))
+    learn(learner, range(2))
+    assert learner.bank.tasks == [0] and learner.bank.A.dtype == torch.float32
+    right = [(learner.predict(x).argmax(1) == y) for x, y in learner.data.eval_batches("test", range(7), 64)]
+    assert torch.cat(right).float().mean() > 2 / 7, "twice as often as by chance"
+
+
+@pytest.mark.parametrize(("changes", "keys"), [
+    ({"growth_rule": "topk"}, ("growth_rule", "gate")), ({"growth_rule": "val_loss"}, ("growth_rule", "gate")),
+    ({"growth_rule": "kd"}, ("growth_rule", "gate")),
+    ({"gate": "sparsemax", "gate_price": 2.0}, ("gate_price", "gate")),
+    ({"gate": "none", "gate_price": 2.0}, ("gate_price", "gate")),
+])
+def test_contradictions_name_their_keys(changes: dict, keys: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        config_of(**changes)
+    assert all(f"'{key}'" in str(caught.value) for key in keys) and "\n" not in str(caught.value)
+
+
+def test_keys_of_a_trained_gate_are_named_in_one_warning() -> None:
+    unused = {"gate_lr": 0.1, "lambda_sparsity": 0.5, "alpha_lr": 0.1, "gate_noise": 0.0}
+    warnings = config_warnings(config_of(**unused))
+    assert len(warnings) == 1 and all(key in warnings[0] for key in unused) and "gumbel_tau" not in warnings[0]
+    assert config_warnings(config_of()) == [] and config_warnings(config_of(gumbel_tau_final=0.3)) == []

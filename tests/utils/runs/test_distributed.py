@@ -1,0 +1,240 @@
+"""Runs of two processes on the CPU: the same learning as in one, one writer, one stop for all, however they are started."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from main import main
+from tests.helpers import ROOT
+from tests.learners import SMALL
+
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in PLACES},
+               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+BIN = Path(sys.executable).parent
+# 215 and 216 training images: batches of 43 never divide evenly, and one image is left for the second task's last batch.
+# The second adapter is dropped by the held-out loss, so the head is fitted again, three times.
+TWO_TASKS = {**SMALL, "nb_tasks": 2, "epochs": 2, "batch_size": 43, "growth_rule": "val_loss", "val_fraction": 0.25,
+             "growth_margin": 10, "refit_epochs": 1, "lambda_sparsity": 0.05}
+LOSSES = re.compile(r"(Task \d, Epoch \d/\d) => Loss ([\d.]+)(?: \(clf=([\d.]+), sparse=([\d.]+)\))?")
+
+# main.py in which process 1, at its third step, does what its environment says.
+FAULTY = """
+import os, signal, sys
+import trainer
+from main import main
+from utils.errors import UserError
+
+original = trainer.Run.after_step
+
+def after_step(self):
+    if os.environ["RANK"] == "1" and self.steps == 2:
+        match os.environ["FAULT"]:
+            case "mistake":
+                raise UserError("a mistake that only one process can see")
+            case "defect":
+                raise ZeroDivisionError("a defect")
+            case "signal":
+                signal.raise_signal(signal.SIGUSR1)
+    original(self)
+
+trainer.Run.after_step = after_step
+sys.exit(main())
+"""
+
+
+def write_config(folder: Path, **changes) -> Path:
+    path = folder / "config_file.json"
+    path.write_text(json.dumps({**TWO_TASKS, "filepath": str(folder / "run"), **changes}))
+    return path
+
+
+def command(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, words)), cwd=ROOT, env={**ENVIRONMENT, **variables}, text=True, capture_output=True,
+                          timeout=240)
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def epochs_of(folder: Path) -> dict[str, list[float]]:
+    """The losses that the log has for each epoch."""
+    found = LOSSES.findall((folder / "train.log").read_text())
+    return {title: [float(value) for value in values if value] for title, *values in found}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    saved = {f"{path.name}:{name}": tensor
+             for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return saved | {f"{path.name}:{name}": value for path in folder.glob("*.pt") for name, value in torch.load(path).items()
+                    if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    assert main(["--config", str(write_config(folder))]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """Two processes that the plain command has started."""
+    folder = tmp_path_factory.mktemp("together")
+    ended = command(sys.executable, "main.py", "--config", write_config(folder), "--device", "cpu", "cpu")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.count("Task 1, Epoch 2/2") == 1
+    return folder / "run"
+
+
+def test_two_processes_learn_what_one_does(alone: Path, together: Path) -> None:
+    one, two = epochs_of(alone), epochs_of(together)
+    assert one.keys() == two.keys() and len(one) == 3
+    assert len(one["Task 1, Epoch 2/2"]) == 3 and min(one["Task 1, Epoch 2/2"]) > 0
+    for title, losses in one.items():
+        assert two[title] == pytest.approx(losses, abs=1.1e-3), title  # the log has three decimals
+    one, two = tensors_of(alone), tensors_of(together)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_processes_decide_as_one_does(alone: Path, together: Path) -> None:
+    one, two = result_of(alone), result_of(together)
+    assert [task["kept"] for task in one["tasks"]] == [task["kept"] for task in two["tasks"]] == [True, False]
+    assert two["tasks"][1]["numbers"]["val_loss"] == pytest.approx(one["tasks"][1]["numbers"]["val_loss"], abs=1e-4)
+
+
+def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
+    for one, two in zip(result_of(alone)["tasks"], result_of(together)["tasks"], strict=True):
+        assert two["counts"]["images"] == one["counts"]["images"]
+        for name, hits in one["counts"].items():  # an image on the border of two classes may fall to either side
+            assert two["counts"][name] == pytest.approx(hits, abs=1), name
+
+
+def test_one_process_writes(alone: Path, together: Path) -> None:
+    assert {path.name for path in alone.iterdir()} == {path.name for path in together.iterdir()}
+    log = (together / "train.log").read_text()
+    assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1", "Pruning adapter for task 1", "Results: "))
+    assert not list(together.glob("*.ckpt"))
+
+
+def test_the_record_names_the_processes(alone: Path, together: Path) -> None:
+    one, two = result_of(alone)["hardware"], result_of(together)["hardware"]
+    assert (one["processes"], one["devices"], one["machines"]) == (1, ["cpu"], 1)
+    assert (two["processes"], two["devices"], two["machines"]) == (2, ["cpu", "cpu"], 1)
+
+
+def test_a_batch_of_fewer_images_than_processes_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    for name, value in zip(PLACES, (0, 44, 0, 44), strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("utils.runs.distributed.join", lambda device: None)
+    assert main(["--config", str(write_config(tmp_path)), "--device", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "batch_size: 43" in message and "44 processes" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_torchrun_goes_on(together: Path, tmp_path: Path) -> None:
+    """To the same bits; the other configs of that command are a method without training and one that is refused."""
+    config = write_config(tmp_path)
+    ended = faulty(tmp_path, config, "signal")
+    assert ended.returncode == 75 and ended.stdout.count("Stopped by SIGUSR1") == 1, ended.stderr
+    assert len(list((tmp_path / "run").glob("*.ckpt"))) == 1
+    other = tmp_path / "simplecil.json"
+    settings = {key: SMALL[key] for key in ("dataset", "init_cls", "increment", "backbone_type", "device")}
+    other.write_text(json.dumps({**settings, "model_name": "simplecil", "nb_tasks": 2, "batch_size": 41,
+                                 "filepath": str(tmp_path / "simplecil")}))
+    refused = tmp_path / "refused.json"
+    refused.write_text(json.dumps({**TWO_TASKS, "rank": 3, "filepath": str(together)}))
+    ended = command(BIN / "torchrun", "--nproc_per_node=2", "main.py", "--config", config, other, refused)
+    assert ended.returncode == 1 and ended.stderr.count("rank (there 4, now 3)") == 1, ended.stderr
+    assert (tmp_path / "run" / "train.log").read_text().count("Continuing within task 0") == 1
+    for path in sorted([*together.glob("*.pt"), *together.glob("*.safetensors")]):
+        assert path.read_bytes() == (tmp_path / "run" / path.name).read_bytes(), path.name
+    assert main(["--config", str(other), "--set", f"filepath={tmp_path / 'alone'}"]) == 0
+    means, expected = (load_file(tmp_path / name / "head_task_1.safetensors")["weight"] for name in ("simplecil", "alone"))
+    torch.testing.assert_close(means, expected)
+
+
+def faulty(folder: Path, config: Path, fault: str) -> subprocess.CompletedProcess:
+    """The plain command with two processes, of which process 1 has the fault."""
+    (folder / "faulty.py").write_text(FAULTY)
+    script = ("import sys; from pathlib import Path; from main import parse; from utils.runs import processes as launch\n"
+              "launch._MAIN = Path(sys.argv[1])\n"
+              "sys.exit(launch.start(2, parse(['--config', sys.argv[2], '--device', 'cpu', 'cpu']), sys.argv[2]))")
+    return command(sys.executable, "-c", script, folder / "faulty.py", config, FAULT=fault, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, status, words", [
+    ("mistake", 2, "only one process can see"),
+    ("defect", 1, "ZeroDivisionError: a"),
+])
+def test_a_process_that_fails_alone_says_so_and_ends_the_run(fault: str, status: int, words: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    ended = faulty(tmp_path, write_config(tmp_path), fault)
+    assert ended.returncode == status
+    assert ended.stderr.count(words) == 1 and "connection" not in ended.stderr
+    assert ended.stderr.count("\n") == 1 or fault == "defect" and ended.stderr.count("Traceback") == 1
+    assert time.monotonic() - started < 120
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path: Path) -> None:
+    settings = {key: value for key, value in SMALL.items() if key not in ("rank", "gate_lr")}
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps({**settings, "model_name": "finetune_head", "nb_tasks": 1, "filepath": str(tmp_path / "run")}))
+    ended = command(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                    "--mixed_precision", "no", "--dynamo_backend", "no", "main.py", f"--config={path}")
+    assert ended.returncode == 0, ended.stderr
+    assert result_of(tmp_path / "run")["hardware"]["processes"] == 2
+
+
+# What docs/slurm.sh asks of Slurm, with two machines of one process each; the second machine gets the warning.
+SRUN = """#!/usr/bin/env bash
+[ "$1" = --wait=60 ] && shift
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=0 SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=1 "$@" & processes[rank]=$!
+done
+if [ -n "${WARN:-}" ]; then
+  until grep -q "Task 0, Epoch 1" "$WARN" 2>/dev/null; do sleep 0.05; done
+  kill -USR1 "${processes[1]}"
+fi
+highest=0
+for process in "${processes[@]}"; do
+  status=0; wait "$process" || status=$?
+  if [ "$status" -gt "$highest" ]; then highest=$status; fi
+done
+exit "$highest"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$(dirname "$0")/asked"; fi
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_starts_a_process_per_task_and_requeues(tmp_path: Path) -> None:
+    config = write_config(tmp_path, nb_tasks=1, init_epoch=4)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_ID": str(os.getpid()),
+           "WARN": str(tmp_path / "run" / "train.log")}
+    ended = command("bash", "docs/slurm.sh", f"--config={config}", **job)
+    assert ended.returncode == 75, ended.stderr
+    assert (tmp_path / "asked").read_text() == f"requeue {os.getpid()}\n"
+    ended = command("bash", "docs/slurm.sh", f"--config={config}", **{**job, "WARN": ""})
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "train.log").read_text().count("Continuing") == 1
+    assert result_of(tmp_path / "run")["finished"] and (tmp_path / "asked").read_text().count("\n") == 1

@@ -1,0 +1,450 @@
+"""The stream of tasks: class order, splits, batches and their independence of everything but their keys."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data_files import write_cifar100, write_class_folders, write_domainnet
+from utils.data import Dataset, Split, load_dataset
+from utils.data.augmentation import Augmentation
+from utils.data.reader import PathReader
+from utils.data.sources import DecodedSource, FileSource
+from utils.data_manager import DataManager, class_order, task_sizes
+from utils.errors import UserError
+from utils.rng import generator
+
+
+def tensor_dataset(classes: int = 6, per_class: int = 8, size: int = 12) -> Dataset:
+    """Random images; the top left pixel's red is the number within the class, so that a test can tell images apart."""
+
+    def split(count: int, key: str) -> Split:
+        labels = np.tile(np.arange(classes), count)
+        images = torch.randint(
+            0, 256, (len(labels), 3, size, size), dtype=torch.uint8, generator=generator(0, "images", key)
+        )
+        return Split(images, labels)
+
+    names = [f"class{label}" for label in range(classes)]
+    return Dataset("tensors", split(per_class, "train"), split(3, "test"), names, Augmentation())
+
+
+def manager(dataset: Dataset, **options: object) -> DataManager:
+    return DataManager(dataset, **{"init_cls": 2, "increment": 2, "seed": 1993, "image_size": 16, **options})
+
+
+def epoch(data: DataManager, task: int = 0, number: int = 0, batch_size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and labels of an epoch, in order."""
+    images, labels = zip(*data.train_batches(task, number, batch_size), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def views(data: DataManager, split: str, classes: range, batch_size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*data.eval_batches(split, classes, batch_size), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    root = write_class_folders(tmp_path_factory.mktemp("folders"), train_per_class=5, test_per_class=2)
+    return load_dataset("folder", root)
+
+
+def test_class_order_is_the_published_one() -> None:
+    order = class_order(100, 1993, shuffle=True)
+    assert order[:10] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]
+    assert sorted(order) == list(range(100))
+    assert class_order(5, 1993, shuffle=False) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("classes", "init_cls", "increment", "nb_tasks", "sizes"),
+    [
+        (100, 10, 10, None, [10] * 10),
+        (100, 50, 10, None, [50, 10, 10, 10, 10, 10]),
+        (10, 4, 3, None, [4, 3, 3]),
+        (10, 3, 5, None, [3, 5, 2]),
+        (10, 10, 10, None, [10]),
+        (345, 69, 69, None, [69] * 5),
+        (10, 2, 2, 2, [2, 2]),
+        (7, 2, 2, 3, [2, 2, 2]),  # the single class left over is not reached
+    ],
+)
+def test_task_sizes(classes: int, init_cls: int, increment: int, nb_tasks: int | None, sizes: list[int]) -> None:
+    assert task_sizes(classes, init_cls, increment, nb_tasks) == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((10, 11, 2, None), "^init_cls: 11 .* 10 classes"),
+        ((10, 2, 2, 6), "^nb_tasks: .* make 5 tasks, not 6"),
+        ((10, 1, 3, None), "^init_cls: .* task 0 a single class"),
+        ((10, 4, 1, None), "^increment: .* task 1 a single class"),
+        ((7, 2, 2, None), "^increment: .* task 3 a single class"),
+    ],
+)
+def test_impossible_tasks_are_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        task_sizes(*arguments)
+
+
+def test_impossible_arguments_name_their_key() -> None:
+    with pytest.raises(UserError, match=r"^seed"):
+        manager(tensor_dataset(), seed=2**32)
+    with pytest.raises(UserError, match=r"^data_placement"):
+        manager(tensor_dataset(), placement="disk")
+
+
+def test_stream_of_tasks() -> None:
+    dataset = tensor_dataset(classes=7)
+    data = manager(dataset, init_cls=3, increment=2)
+    assert data.nb_tasks == 3
+    assert data.task_sizes == [3, 2, 2]
+    assert data.class_order == np.random.RandomState(1993).permutation(7).tolist()
+    assert data.class_names == [f"class{label}" for label in data.class_order]
+    assert [data.task_classes(task) for task in range(3)] == [range(0, 3), range(3, 5), range(5, 7)]
+    assert [data.seen_classes(task) for task in range(3)] == [3, 5, 7]
+    assert data.task_of_class.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert data.task_of_class.dtype == np.int64
+    assert data.train_size(0) == 24
+    assert [data.steps_per_epoch(0, size) for size in (5, 8, 24, 100)] == [5, 3, 1, 1]
+
+
+def test_labels_are_stream_labels_of_the_right_images() -> None:
+    """Images are constant in their class, so that a view of one tells its class."""
+    labels = np.repeat(np.arange(120), 2)
+    images = torch.from_numpy(labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    names = [str(label) for label in range(120)]
+    data = manager(Dataset("big", Split(images, labels), Split(images, labels), names), init_cls=20, increment=50)
+    for task in range(3):
+        seen, targets = epoch(data, task, batch_size=7)
+        natural = (seen.mean((1, 2, 3)) * 255).round().long().tolist()
+        assert natural == [data.class_order[label] for label in targets]
+        assert sorted(targets.tolist()) == sorted(2 * list(data.task_classes(task)))
+    seen, targets = views(data, "test", range(15, 120), batch_size=16)
+    natural = (seen.mean((1, 2, 3)) * 255).round().long().tolist()
+    assert natural == [data.class_order[label] for label in targets]
+    assert targets.tolist() == [label for label in range(15, 120) for _ in range(2)]
+
+
+def test_stopping_early_changes_nothing_before() -> None:
+    dataset = tensor_dataset()
+    whole, short = manager(dataset), manager(dataset, nb_tasks=2)
+    assert short.nb_tasks == 2
+    assert short.class_order == whole.class_order[:4]
+    assert len(short.class_names) == len(short.task_of_class) == 4
+    assert torch.equal(epoch(short, 1)[0], epoch(whole, 1)[0])
+
+
+def test_every_image_once_per_epoch_in_a_new_order() -> None:
+    data = manager(tensor_dataset(), nb_tasks=1)
+    data.dataset.train.images[:] = torch.arange(48, dtype=torch.uint8).view(-1, 1, 1, 1)
+    orders = []
+    for number in range(2):
+        images, _ = epoch(data, number=number, batch_size=5)
+        orders.append((images.mean((1, 2, 3)) * 255).round().int().tolist())
+        assert sorted(orders[-1]) == sorted(np.flatnonzero(np.isin(data.dataset.train.labels, data.class_order)))
+    assert orders[0] != orders[1]
+
+
+def test_batches_are_shaped_as_asked() -> None:
+    data = manager(tensor_dataset())
+    batches = list(data.train_batches(1, 0, 6))
+    assert [len(images) for images, _ in batches] == [6, 6, 4]
+    for images, labels in batches:
+        assert images.shape[1:] == (3, 16, 16)
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert 0 <= images.min() <= images.max() <= 1
+
+
+@pytest.mark.parametrize("placement", ["auto", "memory", "lazy"])
+def test_tensor_batches_do_not_depend_on_batch_size_or_placement(placement: str) -> None:
+    """I10 for sets held in memory."""
+    dataset = tensor_dataset()
+    expected = epoch(manager(dataset), 1, 3, batch_size=4)
+    for batch_size in (1, 7, 100):
+        images, labels = epoch(manager(dataset, placement=placement), 1, 3, batch_size)
+        assert torch.equal(images, expected[0])
+        assert torch.equal(labels, expected[1])
+
+
+@pytest.mark.parametrize(("placement", "num_workers"), [("lazy", 2), ("memory", 0), ("memory", 2), ("auto", 0)])
+def test_file_batches_do_not_depend_on_workers_batch_size_or_placement(
+    folders: Dataset, placement: str, num_workers: int
+) -> None:
+    """I10 for image files: every tensor is the same to the bit."""
+    expected = manager(folders, placement="lazy")
+    data = manager(folders, placement=placement, num_workers=num_workers, val_fraction=0.0)
+    for number, batch_size in ((0, 3), (1, 4)):  # the second epoch meets the workers of the first
+        images, labels = epoch(data, 1, number, batch_size)
+        reference = epoch(expected, 1, number, batch_size=10)
+        assert torch.equal(images, reference[0])
+        assert torch.equal(labels, reference[1])
+    for split in ("test", "train"):
+        images, labels = views(data, split, range(4), batch_size=3)
+        reference = views(expected, split, range(4), batch_size=5)
+        assert torch.equal(images, reference[0])
+        assert torch.equal(labels, reference[1])
+
+
+def test_augmentation_moves_with_seed_task_and_epoch(folders: Dataset) -> None:
+    def sorted_images(data: DataManager, number: int) -> torch.Tensor:
+        images, labels = epoch(data, 0, number)
+        return images[torch.argsort(labels, stable=True)]
+
+    first = sorted_images(manager(folders), 0)
+    assert not torch.equal(first, sorted_images(manager(folders), 1))
+    assert torch.equal(first, sorted_images(manager(folders), 0))
+
+
+@pytest.mark.parametrize("placement", ["lazy", "memory"])
+def test_evaluation_moves_no_training_batch(folders: Dataset, placement: str) -> None:
+    """I8, at the level of the data: evaluating in the middle of an epoch, and giving up half-way."""
+    expected = [images for images, _ in manager(folders, placement=placement).train_batches(0, 0, 3)]
+    data = manager(folders, placement=placement, num_workers=1)
+    state = torch.get_rng_state()
+    next(data.train_batches(0, 0, 3))
+    for (images, _), reference in zip(data.train_batches(0, 0, 3), expected, strict=True):
+        assert torch.equal(images, reference)
+        views(data, "test", range(2))
+        next(data.eval_batches("train", range(2), 2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "files"])
+def test_evaluating_first_in_inference_mode_spoils_no_gradient(kind: str, folders: Dataset) -> None:
+    data = manager(tensor_dataset() if kind == "tensors" else folders, placement="memory")
+    with torch.inference_mode():
+        views(data, "train", range(2))
+        views(data, "test", range(2))
+    weight = torch.ones(3, requires_grad=True)
+    images, _ = next(data.train_batches(0, 0, 4))
+    (images.mean((2, 3)) @ weight).sum().backward()
+    torch.testing.assert_close(weight.grad, images.mean((2, 3)).sum(0))
+
+
+def test_two_passes_at_once_do_not_mix(folders: Dataset) -> None:
+    data = manager(folders, placement="lazy", num_workers=1)
+    pairs = list(zip(data.train_batches(0, 0, 5), data.train_batches(1, 0, 5), strict=True))
+    for task in range(2):
+        expected = epoch(manager(folders, placement="lazy"), task, batch_size=5)
+        assert torch.equal(torch.cat([pair[task][0] for pair in pairs]), expected[0])
+
+
+def test_held_out_images_are_a_part_of_each_class() -> None:
+    dataset = tensor_dataset(per_class=8)
+    whole, data = manager(dataset), manager(dataset, val_fraction=0.3)
+    for task in range(3):
+        classes = data.task_classes(task)
+        assert data.train_size(task) == 2 * 6
+        _, labels = views(data, "val", classes)
+        assert labels.tolist() == [label for label in classes for _ in range(2)]
+        both = torch.cat([views(data, "val", classes)[0], views(data, "train", classes)[0]])
+        assert _as_set(both) == _as_set(views(whole, "train", classes)[0])
+        assert len(both) == 16
+    assert list(whole.eval_batches("val", range(6), 4)) == []
+    places = {tuple(np.searchsorted(w, h)) for w, h in zip(whole._members["train"], data._members["val"], strict=True)}
+    assert len(places) > 1  # not the same images of every class
+    other = manager(dataset, val_fraction=0.3, seed=1994, shuffle=False)
+    same = manager(dataset, val_fraction=0.3, shuffle=False)
+    assert _as_set(views(other, "val", range(6))[0]) != _as_set(views(same, "val", range(6))[0])
+
+
+def _as_set(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5])
+def test_each_side_keeps_an_image(fraction: float) -> None:
+    data = manager(tensor_dataset(per_class=2), val_fraction=fraction)
+    assert data.train_size(0) == 2
+    assert len(views(data, "val", range(2))[1]) == 2
+
+
+def test_single_image_cannot_be_split() -> None:
+    with pytest.raises(UserError, match=r"^val_fraction: class 'class\d' has 1 training image"):
+        manager(tensor_dataset(per_class=1), val_fraction=0.1)
+    assert manager(tensor_dataset(per_class=1)).train_size(0) == 2
+
+
+@pytest.mark.parametrize("kind", ["tensors", "files"])
+def test_normalisation_is_applied_where_given(kind: str, folders: Dataset) -> None:
+    dataset = tensor_dataset() if kind == "tensors" else folders
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    plain, normed = manager(dataset), manager(dataset, mean_std=(mean, std))
+    center, spread = (torch.tensor(part).view(3, 1, 1) for part in (mean, std))
+    torch.testing.assert_close(epoch(normed)[0], (epoch(plain)[0] - center) / spread)
+    torch.testing.assert_close(
+        views(normed, "test", range(2))[0], (views(plain, "test", range(2))[0] - center) / spread
+    )
+    assert torch.equal(views(normed, "test", range(2))[0], views(normed, "test", range(2))[0])
+
+
+def test_auto_keeps_files_in_memory_only_if_they_fit(folders: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    read = PathReader.read
+    monkeypatch.setattr(PathReader, "read", lambda self, image: opened.append(image) or read(self, image))
+    total = sum(np.prod(read(PathReader(list(map(str, folders.train.images))), i).shape) for i in range(20))
+    needed = int(total) + 8 * 3 * 16 * 16
+    for free, decoded in ((4 * needed, 20), (4 * needed - 4, 2 * 10)):
+        opened.clear()
+        monkeypatch.setattr("utils.data_manager.free_memory", lambda free=free: free)
+        data = manager(folders, placement="auto")
+        for number in range(2):
+            epoch(data, 0, number)
+        assert len(opened) == decoded
+        assert type(data._sources["train"]) is (DecodedSource if free == 4 * needed else FileSource)
+
+
+@pytest.mark.parametrize("placement, on_gpu, in_main, home", [
+    ("auto", 400, 0, "cuda"), ("memory", 400, 0, "cuda"), ("auto", 399, 400, "cpu"), ("memory", 399, 0, "cpu"),
+    ("auto", 399, 399, None), ("lazy", 400, 400, None)])
+def test_images_are_kept_on_the_device_if_they_fit(
+    placement: str, on_gpu: int, in_main: int, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of what is free may be taken: of the device's memory first, then of the main memory."""
+    data = manager(tensor_dataset(), placement=placement)
+    data.device = torch.device("cuda")  # the choice alone; nothing is put there
+    monkeypatch.setattr("utils.data_manager.free_memory", lambda device=torch.device("cpu"):  # noqa: B008
+                        on_gpu if device.type == "cuda" else in_main)
+    assert data._home(100) == (None if home is None else torch.device(home))
+
+
+def test_memory_holds_the_stream_and_no_more(folders: Dataset) -> None:
+    data = manager(folders, placement="memory", nb_tasks=1)
+    epoch(data)
+    views(data, "test", range(2))
+    assert len(data._sources["train"]._reader.shapes) == 10
+    assert data._sources["test"]._views.shape == (4, 3, 16, 16)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def _no_image(path: Path) -> None:
+    path.write_text("hello")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _no_image, Path.unlink])
+@pytest.mark.parametrize(("placement", "num_workers"), [("lazy", 0), ("lazy", 1), ("memory", 0)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_undecodable_image_is_named_when_met(
+    tmp_path: Path, damage: object, placement: str, num_workers: int, split: str
+) -> None:
+    dataset = load_dataset("folder", write_class_folders(tmp_path, suffix=".jpg"))
+    path = getattr(dataset, split).images[-1]
+    damage(path)
+    data = manager(dataset, shuffle=False, placement=placement, num_workers=num_workers)
+    with pytest.raises(UserError, match=f"^data_path: the image '{path}' (cannot be decoded|is not there)") as error:
+        epoch(data, 1) if split == "train" else views(data, "test", range(4))
+    assert "\n" not in str(error.value)
+
+
+def test_split_record_says_what_was_split(folders: Dataset) -> None:
+    data = manager(folders, val_fraction=0.2)
+    record = data.split_record()
+    assert record["dataset"] == "folder"
+    assert record["class_order"] == data.class_order
+    assert record["class_names"] == data.class_names
+    assert [task["classes"] for task in record["tasks"]] == [data.class_order[:2], data.class_order[2:]]
+    assert [task[split]["images"] for task in record["tasks"] for split in ("train", "val", "test")] == [
+        8,
+        2,
+        4,
+    ] * 2
+    assert len(record["sha256"]) == 64
+
+
+def test_split_record_follows_the_split_and_not_the_place(tmp_path: Path) -> None:
+    def total(root: Path, **options: object) -> str:
+        return manager(load_dataset("folder", root), **options).split_record()["sha256"]
+
+    here, there = write_class_folders(tmp_path / "here"), write_class_folders(tmp_path / "there" / "deeper")
+    assert total(here) == total(there)
+    assert len({total(here), total(here, seed=1), total(here, val_fraction=0.4), total(here, nb_tasks=1)}) == 4
+    image = there / "test" / "cat" / "0.png"
+    image.write_bytes(image.read_bytes() + b"x")
+    assert total(here) != total(there)
+
+
+def test_split_record_sees_every_pixel_and_label_of_tensors() -> None:
+    def total(dataset: Dataset) -> str:
+        return manager(dataset, nb_tasks=1).split_record()["sha256"]
+
+    expected, dataset = total(tensor_dataset()), tensor_dataset()
+    assert total(dataset) == expected
+    dataset.test.images[-1, 2, -1, -1] ^= 1
+    assert total(dataset) != expected
+    dataset = tensor_dataset()
+    dataset.train.labels[[0, 1]] = dataset.train.labels[[1, 0]]
+    assert total(dataset) != expected
+
+
+def test_real_formats_reach_the_network_size(tmp_path: Path) -> None:
+    write_cifar100(tmp_path)
+    write_domainnet(tmp_path / "domainnet", classes=4)
+    write_class_folders(tmp_path / "imagenet-r")
+    for name in ("cifar224", "domainnet", "imagenetr"):
+        data = manager(load_dataset(name, tmp_path), image_size=224)
+        images, labels = next(iter(data.train_batches(1, 0, 3)))
+        assert images.shape == (3, 3, 224, 224)
+        assert set(labels.tolist()) <= {2, 3}
+        images, _ = next(iter(data.eval_batches("test", range(2), 2)))
+        assert images.shape == (2, 3, 224, 224)
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, classes=("ant", "bee"), train_per_class=4, test_per_class=2)
+    bad = sorted(tmp_path.glob("train/*/*"))[1]
+    bad.write_bytes(bad.read_bytes()[:40])
+    dataset = load_dataset("folder", tmp_path)
+    options = {"init_cls": 2, "increment": 2, "seed": 0, "image_size": 16}
+    data = DataManager(dataset, bad_images="skip", **options)
+    assert data.bad_images == [str(bad)] and data.train_size(0) == 7
+    assert sum(len(labels) for _, labels in data.train_batches(0, 0, 4)) == 7
+    with pytest.raises(UserError, match=bad.name):
+        list(DataManager(dataset, **options).train_batches(0, 0, 4))
+
+
+def test_a_class_without_a_usable_image_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, classes=("ant", "bee"), train_per_class=2, test_per_class=1)
+    for path in sorted(tmp_path.glob("train/*/*"))[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no image of class"):
+        DataManager(load_dataset("folder", tmp_path), init_cls=2, increment=2, seed=0, image_size=16, bad_images="skip")
+
+
+@pytest.mark.parametrize("parts, batch_size", [(2, 5), (3, 7), (4, 4)])
+def test_parts_share_every_batch(parts: int, batch_size: int) -> None:
+    """Of 16 images: batches of 5, 5, 5, 1 in two parts; 7, 7, 2 in three; 4 times 4 in four."""
+    whole = list(manager(tensor_dataset()).train_batches(0, 1, batch_size))
+    shared = [list(manager(tensor_dataset()).train_batches(0, 1, batch_size, part=(k, parts))) for k in range(parts)]
+    for number, (images, labels) in enumerate(whole):
+        sizes = [len(share[number][1]) for share in shared]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+        assert torch.equal(torch.cat([share[number][0] for share in shared]), images)
+        assert torch.equal(torch.cat([share[number][1] for share in shared]), labels)
+        assert len(images) == manager(tensor_dataset()).images_in_batch(0, number, batch_size)
+    assert {len(share) for share in shared} == {len(whole)}
+    later = [labels for _, labels in manager(tensor_dataset()).train_batches(0, 1, batch_size, skip=1, part=(1, parts))]
+    assert all(torch.equal(a, b) for a, b in zip(later, [labels for _, labels in shared[1][1:]], strict=True))
+
+
+def test_parts_of_an_evaluation_hold_every_image_once(folders: Dataset) -> None:
+    for dataset, classes in ((folders, range(4)), (tensor_dataset(), range(3))):
+        images, labels = views(manager(dataset), "test", classes)
+        parts = [list(manager(dataset).eval_batches("test", classes, 4, (k, 5))) for k in range(5)]
+        shared = [pair for number in range(len(parts[0])) for pair in (part[number] for part in parts)]
+        assert torch.equal(torch.cat([i for i, _ in shared]), images)
+        assert torch.equal(torch.cat([n for _, n in shared]), labels)
+
+
+def test_a_part_may_be_empty_altogether() -> None:
+    batches = list(manager(tensor_dataset()).eval_batches("val", range(2), 4, (0, 2)))
+    assert batches == []
+    (images, labels), = manager(tensor_dataset()).eval_batches("test", range(1), 4, (3, 4))
+    assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)

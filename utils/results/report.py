@@ -1,0 +1,179 @@
+"""What people read: the growth lines of the log, and the tables at the end of a run and of several seeds.
+
+Everything is made from plain values or from the record of a run (`results.json`), and returned as text
+without a final line break. The log lines are those of METHOD.md, section 6: people grep for them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from utils.results.metrics import mean_std
+
+# Beyond this many tasks the accuracy of each no longer fits on a line, and is summed up in three columns.
+TASKS_SHOWN = 10
+
+GROWTH = "[Conditional Growth]"
+
+# What a rule compares with its limit, and the name of that limit; an adapter is kept when it is larger.
+_COMPARED = {"threshold": ("beta", "threshold"), "val_loss": ("gain", "margin"),
+             "kd": ("residual", "kd_residual")}
+
+
+def format_array(values: Iterable[float]) -> str:
+    """Numbers on one line, however many, two decimals, single spaces: `[0.15 0.32 0.48 0.05]`."""
+    # Adding 0.0 turns -0.0 into 0.0.
+    return "[" + " ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in values) + "]"
+
+
+def growth_lines(task: int, beta_values: Sequence[float], *, rule: str, kept: bool, active: int, total: int,
+                 limit: float | None = None, value: float | None = None,
+                 evicted: Sequence[int] = ()) -> list[str]:
+    """The `[Conditional Growth]` lines of one decision.
+
+    `beta_values`: the gate weights that the decision read, the current task's last. `active` of `total`
+    adapters are in use after it; `evicted` are older tasks whose adapters it pruned (by their gate weights).
+    `limit` and `value` are what the rule compared:
+
+    | rule | value | limit |
+    | --- | --- | --- |
+    | threshold | the current task's gate weight (the default) | `growth_threshold` |
+    | topk | | `growth_topk` |
+    | val_loss | relative gain in held-out loss | `growth_margin` |
+    | kd | largest squared residual over blocks and projections | `kd_residual` |
+    | any other | | |
+    """
+    current = float(beta_values[-1])
+    if rule == "threshold" and value is None:
+        value = current
+    lines = [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",
+             f"{GROWTH} Current task beta: {current:.4f}, {_criterion(rule, limit, value)}"]
+    for old in evicted:
+        reason = _reason(rule, False, limit, float(beta_values[old]), old)
+        lines.append(f"{GROWTH} ✗ Pruning adapter for task {old} ({reason})")
+    shown = current if rule == "topk" else value
+    lines.append(f"{GROWTH} {'✓ Keeping' if kept else '✗ Pruning'} adapter for task {task} "
+                 f"({_reason(rule, kept, limit, shown, task)})")
+    lines.append(f"{GROWTH} Active adapters: {active}/{total} ({100 * active / total:.1f}%)")
+    return lines
+
+
+def final_table(result: Mapping[str, Any]) -> str:
+    """The table at the end of a run, one row per task, from its record.
+
+    Columns: task, seen classes, accuracy in percent on each task so far (`T0`, `T1`, ...; with more than
+    `TASKS_SHOWN` tasks: on the new task, and the mean and minimum over the old ones), average over the images
+    of all seen classes, gate weight at the decision, kept or pruned (with the older adapters evicted),
+    adapters in use, stored parameters, seconds.
+    """
+    tasks, metrics = result["tasks"], result["metrics"]
+    columns = len(metrics["accuracy_matrix"][0])  # more than there are rows if the stream was learned at once
+    compact = columns > TASKS_SHOWN
+    names = ["new task", "old mean", "old min"] if compact else [f"T{task}" for task in range(columns)]
+    header = ["task", "seen", *names, "average", "gate", "adapter", "adapters", "stored params", "seconds"]
+    rows = []
+    matrix, curve = metrics["accuracy_matrix"], metrics["top1_curve"]
+    for entry, accuracies, average in zip(tasks, matrix, curve, strict=True):
+        cells = _summed_up(accuracies, entry["task"] + columns - len(tasks)) if compact else accuracies
+        rows.append([str(entry["task"]), str(entry["seen_classes"]),
+                     *(_number(cell, 1, missing="-" if compact else "") for cell in cells),
+                     _number(average, 2), _number(entry["beta"], 4), _fate(entry),
+                     _count(entry["active_adapters"]), _count(entry["stored_parameters"]),
+                     _number(entry["seconds"], 1)])
+    return _table(header, rows)
+
+
+def curve_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The curve over all seen classes, its mean, and forgetting, from `metrics.summary`."""
+    rounded = [None if value is None else round(value, 2) for value in metrics["top1_curve"]]
+    return [f"CNN top1 curve: {rounded}",
+            f"Average Accuracy (CNN): {_number(metrics['average_accuracy'], 2)}",
+            f"Forgetting (CNN): {_number(metrics['forgetting'], 2)}"]
+
+
+def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One row per run with last and average accuracy, forgetting and adapters kept, then mean ± deviation.
+
+    The standard deviation is that of a sample (divisor `n - 1`), and left out for a single run.
+    """
+    header = ["seed", "last accuracy", "average accuracy", "forgetting", "adapters kept"]
+    columns = [[result["metrics"][name] for result in results]
+               for name in ("last_accuracy", "average_accuracy", "forgetting")]
+    columns.append([result["tasks"][-1]["active_adapters"] for result in results])
+    digits = [2, 2, 2, 0]
+    rows = [[str(result["seed"]), *(_number(column[row], digit)
+                                    for column, digit in zip(columns, digits, strict=True))]
+            for row, result in enumerate(results)]
+    name = "mean ± std" if len(results) > 1 else "mean"
+    return _table(header, [*rows, [name, *(_mean_text(column) for column in columns)]])
+
+
+def _criterion(rule: str, limit: float | None, value: float | None) -> str:
+    """What the rule reads beside the gate weight, for the second line."""
+    if rule == "topk":
+        return f"topk: {limit:.0f}"
+    if rule not in _COMPARED:
+        return f"rule: {rule}"
+    quantity, limit_name = _COMPARED[rule]
+    shown, bound = _pair(rule, value, limit)
+    return f"{limit_name}: {bound}" if quantity == "beta" else f"{quantity}: {shown}, {limit_name}: {bound}"
+
+
+def _reason(rule: str, kept: bool, limit: float | None, value: float | None, task: int) -> str:
+    """The numbers that decided over the adapter of `task`, as a comparison that is true."""
+    if rule == "topk":
+        return f"beta={value:.4f}, {'in' if kept else 'not in'} the top {limit:.0f}"
+    if rule not in _COMPARED:
+        return f"growth_rule={rule}"
+    # Task 0 stays whatever its numbers say; do not print a comparison that did not decide.
+    if task == 0 and kept and (value is None or not value > limit):
+        return "task 0 is always kept"
+    quantity, _ = _COMPARED[rule]
+    shown, bound = _pair(rule, value, limit)
+    return f"{quantity}={shown} {'>' if kept else '<='} {bound}"
+
+
+def _pair(rule: str, value: float | None, limit: float) -> tuple[str, str]:
+    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most)."""
+    for digits in (4, 6, 8, 10):
+        # Squared residuals span many orders of magnitude.
+        style = f".{digits - 2}e" if rule == "kd" else f".{digits}f"
+        texts = ("-" if value is None else format(value, style), format(limit, style))
+        if texts[0] != texts[1] or value == limit:
+            break
+    return texts
+
+
+def _summed_up(accuracies: Sequence[float | None], task: int) -> list[float | None]:
+    """Accuracy on the new task, mean and minimum over the older ones."""
+    old = [value for value in accuracies[:task] if value is not None]
+    return [accuracies[task], sum(old) / len(old) if old else None, min(old, default=None)]
+
+
+def _fate(entry: Mapping[str, Any]) -> str:
+    if entry["kept"] is None:
+        return "-"
+    dropped = ", ".join(str(task) for task in entry["evicted"])
+    return ("kept" if entry["kept"] else "pruned") + (f", drops {dropped}" if dropped else "")
+
+
+def _mean_text(values: Sequence[float | None]) -> str:
+    if not values or None in values:
+        return "-"
+    mean, deviation = mean_std(values)
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _number(value: float | None, digits: int, missing: str = "-") -> str:
+    return missing if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns, two spaces apart, with a rule under the header."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+             for row in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,86 @@
+"""The folder of a run: whose it is, what it already holds, and how it is set aside."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.config import Config
+from utils.errors import UserError
+from utils.runs.files import read_sealed_json, remove_leftovers, write_json
+from utils.runs.lock import LOCK_FILE, lock
+
+# Keys that do not change what a run computes; a run may be continued with other values of these.
+NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps"})
+
+
+def folder_of(config: Config, seed: int) -> Path:
+    """`filepath`, or `filepath/seed_<seed>` where the config has several seeds."""
+    root = Path(config.filepath)
+    return root if len(config.seed) == 1 else root / f"seed_{seed}"
+
+
+def of_seed(config: Config, seed: int) -> Config:
+    """The config of one run: the same with a single seed."""
+    return config.model_copy(update={"seed": [seed], "filepath": str(folder_of(config, seed))})
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Makes the locked folder ready for a run of `config`; refuses one that belongs to another config, naming the keys."""
+    check_owner(folder, config)
+    remove_leftovers(folder)
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config.model_dump(mode="json"))
+
+
+def check_owner(folder: Path, config: Config) -> None:
+    """Raises UserError if `folder` holds a run of another config, or files of a run without its config."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"filepath: '{folder}' is a file, not a folder; choose another one.")
+    saved = folder / "config.json"
+    if not saved.exists():
+        if any(folder.glob("beta_values_task_*.pt")) or any(folder.glob("head_task_*.safetensors")):
+            raise UserError(f"filepath: '{folder}' holds files of a run without its config.json; choose another folder or use "
+                            "--overwrite to set it aside.")
+        return
+    try:
+        old = json.loads(saved.read_text(encoding="utf-8"))
+        differing = [key for key, value in config.model_dump(mode="json").items()
+                     if key not in NOT_COMPARED and old.get(key) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{saved}: cannot be read as the config of a run ({error}); choose another 'filepath' or use "
+                        "--overwrite to set the folder aside.") from error
+    if differing:
+        new = config.model_dump(mode="json")
+        shown = ", ".join(f"{key} (there {json.dumps(old.get(key))}, now {json.dumps(new[key])})" for key in differing)
+        raise UserError(f"filepath: '{folder}' belongs to a run of another config, different in {shown}; choose another "
+                        "folder or use --overwrite to set it aside.")
+
+
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """The record of a run that has ended, None where there is none or it is not finished."""
+    path = folder / "results.json"
+    result = read_sealed_json(path) if path.exists() else {}
+    return result if result.get("finished") else None
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Renames a folder that holds anything to `<folder>.old-<n>`; returns the new name, None where there was nothing.
+
+    Refuses, like any other run, a folder that a run is working in.
+    """
+    if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
+        return None
+    with lock(folder):
+        return _rename(folder)
+
+
+def _rename(folder: Path) -> Path:
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    try:
+        folder.rename(target)
+    except OSError as error:
+        raise UserError(f"filepath: '{folder}' cannot be renamed to '{target}' ({error.strerror}); move it by "
+                        "hand.") from error
+    return target
