@@ -43,11 +43,12 @@ class GrowingHead(nn.Module):
     # ---- life of a task
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
-        """New trainable rows for `classes` classes, initialised as nn.Linear's (uniform, `1 / sqrt(d)`)."""
-        bound = 1 / math.sqrt(self.width)
-        rows = (torch.rand(classes, self.width + 1, generator=generator) * 2 - 1) * bound
-        self.new_weight = nn.Parameter(rows[:, :-1].contiguous().to(self.weight))
-        self.new_bias = nn.Parameter(rows[:, -1].contiguous().to(self.bias))
+        """New trainable rows for `classes` classes: weights from U(-sqrt(3 / d), sqrt(3 / d)), a variance of 1 / d, and biases
+        of 0, as SD-LoRA's official code starts them (METHOD.md, section 4)."""
+        bound = math.sqrt(3 / self.width)
+        rows = (torch.rand(classes, self.width, generator=generator) * 2 - 1) * bound
+        self.new_weight = nn.Parameter(rows.to(self.weight))
+        self.new_bias = nn.Parameter(torch.zeros(classes).to(self.bias))
 
     @torch.no_grad()
     def clear(self) -> None:
