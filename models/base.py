@@ -122,7 +122,7 @@ class BaseLearner(Component, ABC):
     @classmethod
     @abstractmethod
     def rebuild(cls, saved: SavedRun) -> SavedNetwork:
-        """The network that was evaluated after a task, from the files that `save` wrote: all of that task's have to be read."""
+        """The network that was evaluated after a task, from what `save` wrote: all files of that task have to be read."""
 
     @classmethod
     def load(cls, folder: str | Path, task: int) -> SavedNetwork:

@@ -44,7 +44,7 @@ class Decision:
 
 
 class Rule(Component):
-    """A growth rule. name: that of the config's `growth_rule`. needs: of `RANKED` and the like, what the recipe has to offer."""
+    """A growth rule. name: its `growth_rule` in configs. needs: of `RANKED` and the like, what the recipe has to offer."""
 
     always_known = True
     name: str
@@ -87,7 +87,8 @@ class Threshold(Rule):
     def decide(cls, config: Config, grounds: Grounds) -> Decision:
         beta = grounds.beta[-1]
         threshold = torch.tensor(config.growth_threshold).to(beta)  # rounded as beta is: 0.1 is not above 0.1
-        return _compared(grounds.bank, "beta", beta.item(), "threshold", threshold.item(), ".{}f", bool(beta > threshold), True)
+        kept = bool(beta > threshold)
+        return _compared(grounds.bank, "beta", beta.item(), "threshold", threshold.item(), ".{}f", kept, is_beta=True)
 
 
 class CountKeys(KeyGroup):
@@ -245,8 +246,8 @@ def _compared(bank: AdapterBank, quantity: str, value: float | None, name: str, 
 
 
 def _digits(value: float | None, limit: float, style: str) -> tuple[str, str]:
-    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most); squared residuals, which
-    span many orders of magnitude, in the style of exponents with two fewer."""
+    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most); squared residuals span
+    many orders of magnitude and have exponents, with two digits fewer."""
     for digits in (4, 6, 8, 10):
         form = style.format(digits - 2 if style.endswith("e") else digits)
         texts = ("-" if value is None else format(value, form), format(limit, form))

@@ -44,7 +44,8 @@ class OptimisationKeys(KeyGroup):
         None, "The `lrate_decay` of the first task.", unset="`lrate_decay`", derive=lambda config: config.lrate_decay,
         ge=0, le=1)
     grad_accum: int = key(
-        1, "Compute every batch in so many parts: the same result up to rounding with less memory. At most `batch_size`.", ge=1)
+        1, "Compute every batch in so many parts: the same result up to rounding with less memory. At most `batch_size`.",
+        ge=1)
     eval_every: int = key(
         1,
         "Evaluate every so many epochs within a task and in its last one; 0 only after it. Costs time and changes no "
@@ -80,8 +81,8 @@ def contradictions(config: Config) -> Iterator[str]:
 
 
 def warnings(config: Config) -> list[str]:
-    """Rehearsal keys or `init_weight_decay` mark a file of SD-LoRA's, whose code does not use all of its keys: the warning lists
-    them. A file with every key is a resolved config that a run has saved, and gets none."""
+    """Rehearsal keys or `init_weight_decay` mark a file of SD-LoRA's, whose code does not use all of its keys: the warning
+    lists them. A file with every key is a resolved config that a run has saved, and gets none."""
     given = config.model_fields_set
     if given >= set(type(config).model_fields) or not given & {*_MEMORY_KEYS, "init_weight_decay"}:
         return []

@@ -30,8 +30,8 @@ class RefitKeys(KeyGroup):
 class RowFit:
     """One fit of the current task's rows, from where they are, in `epochs` epochs over `views` views of the images.
 
-    An epoch takes the next view, in turn; from the second time on its batches are drawn anew. scheduled: with the learning rate
-    falling as in training. Every process sees its part of the images and then fits the rows of all of them, alike.
+    An epoch takes the next view, in turn; from the second time on its batches are drawn anew. scheduled: with the learning
+    rate falling as in training. Every process sees its part of the images and then fits the rows of all of them, alike.
     """
 
     def __init__(self, learner: GradientLearner, epochs: int, views: int, scheduled: bool = False,

@@ -94,7 +94,7 @@ class SDLoRA(GradientLearner):
                             f"rank between 1 and {self.bank.width}.")
         self.pruned: set[int] = set()
         self.decision_beta = torch.zeros(0)
-        # Once the current task is settled: the decision, and the adapters that it dropped. Then head rows may have to be fitted.
+        # Once the current task is settled: the decision, and what it dropped. Then head rows may have to be fitted.
         self._settled: tuple[Decision, list[int]] | None = None
         self._row_fit: RowFit | None = None
         self._views_seen: list[Tensor] = []  # of a row fit that is to go on

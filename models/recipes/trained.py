@@ -169,8 +169,8 @@ class GumbelSparsemax(TrainedGate):
         self._drawn: tuple[int, int, Tensor] | None = None  # task, first step, noise [steps, n] of an epoch
 
     def noise(self, step: int) -> Tensor | None:
-        """Keyed by (seed, task, step): the same in every process, and whatever else draws random numbers. An epoch's noise goes
-        to the device at once, so that no step waits for it."""
+        """Keyed by (seed, task, step): the same in every process, and whatever else draws random numbers. An epoch's noise
+        goes to the device at once, so that no step waits for it."""
         learner = self.learner
         if self.config.gate_noise == 0:
             return None

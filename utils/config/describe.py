@@ -1,4 +1,4 @@
-"""The keys of a config described: Markdown tables for `docs/CONFIG.md`, and a JSON Schema by which editors complete and check."""
+"""The keys of a config described: Markdown tables for `docs/CONFIG.md`, and a JSON Schema for editors."""
 
 import json
 from collections.abc import Iterator

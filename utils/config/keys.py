@@ -98,6 +98,11 @@ class DataKeys(KeyGroup):
         "none",
         'Image normalisation: `"none"` feeds values in 0..1 as SD-LoRA does, `"backbone"` applies the mean '
         "and standard deviation that the backbone was pretrained with.")
+
+
+class ReadingKeys(KeyGroup):
+    """Batches and where images are held"""
+
     batch_size: int = key(
         128, "Images per optimizer step, in all processes of a run together: at least one for each of them.", ge=1)
     data_placement: Literal["auto", "memory", "lazy"] = key(
@@ -135,7 +140,7 @@ class CompatibilityKeys(KeyGroup):
     fixed_memory: NoFixedMemory = key(False, "As `memory_size`.", allowed="false")
 
 
-class Config(RunKeys, DataKeys, BackboneKeys, CompatibilityKeys):
+class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
     """The resolved configuration of a run: these keys and those of the components that it chose, which make it a class of its
     own (`utils.config.components.config_class`).
 

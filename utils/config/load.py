@@ -82,8 +82,8 @@ def config_of_record(values: Mapping[str, Any], source: str) -> Config:
         kind = config_class(chosen(values))
     except UnknownName as error:
         raise UserError(f"{source}: {error}") from None
-    known = known_keys()
-    return config_from_dict({key: value for key, value in values.items() if key in kind.model_fields or key not in known}, source)
+    idle = known_keys().keys() - kind.model_fields.keys()
+    return config_from_dict({key: value for key, value in values.items() if key not in idle}, source)
 
 
 def config_warnings(config: Config) -> list[str]:
