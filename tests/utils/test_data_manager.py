@@ -9,7 +9,7 @@ import torch
 from tests.data_files import write_cifar100, write_class_folders, write_domainnet
 from utils.data import Dataset, Split, load_dataset
 from utils.data.augmentation import Augmentation
-from utils.data.reader import PathReader
+from utils.data.readers import PathReader
 from utils.data.sources import DecodedSource, FileSource
 from utils.data_manager import DataManager, class_order, task_sizes
 from utils.errors import UserError

@@ -11,8 +11,7 @@ from PIL import Image
 from tests.data_files import write_class_folders
 from utils.data import load_dataset
 from utils.data.augmentation import Augmentation, center_image, cut_out, draw_boxes, resize_cut
-from utils.data.loader import Loader, View
-from utils.data.reader import PathReader, decoded_bytes, free_memory
+from utils.data.readers import Loader, PathReader, View, decoded_bytes, free_memory
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source
 
 SIZE = 16
