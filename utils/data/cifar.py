@@ -26,31 +26,31 @@ _BYTES = 3 * 32 * 32  # one image: the red, the green, then the blue plane
 _TIMEOUT = 30.0  # seconds without an answer after which a download is given up
 
 
-def read_cifar(data_path: Path, source: type[CIFAR10]) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray, list[str]]:
+def read_cifar(data_path: Path, published: type[CIFAR10]) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray, list[str]]:
     """Train images and labels, test images and labels (uint8 `[n, 3, 32, 32]`, int64 `[n]`) and class names.
 
-    `source` is torchvision's class. Raises UserError when files are missing and cannot be downloaded, or are damaged.
+    `published` is torchvision's class. Raises UserError when files are missing and cannot be downloaded, or are damaged.
     """
-    folder = _find_folder(data_path, source)
-    path, key = folder / source.meta["filename"], source.meta["key"]
+    folder = _find_folder(data_path, published)
+    path, key = folder / published.meta["filename"], published.meta["key"]
     classes = _unpickle(path).get(key)
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise _damaged(path, f"no list of names under '{key}'")
     splits = []
-    for files in (source.train_list, source.test_list):
+    for files in (published.train_list, published.test_list):
         images, labels = zip(*(_read_images(folder / name, len(classes)) for name, _ in files), strict=True)
         splits += [torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32), np.concatenate(labels)]
     return (*splits, classes)
 
 
-def _find_folder(data_path: Path, source: type[CIFAR10]) -> Path:
+def _find_folder(data_path: Path, published: type[CIFAR10]) -> Path:
     """The folder of the extracted files: as it is, or from the archive beside it, or downloaded.
 
     It appears whole or not at all: an interruption leaves no half data set.
     """
-    if data_path.name == source.base_folder and data_path.is_dir():
+    if data_path.name == published.base_folder and data_path.is_dir():
         return data_path
-    folder, archive = data_path / source.base_folder, data_path / source.filename
+    folder, archive = data_path / published.base_folder, data_path / published.filename
     if folder.is_dir():
         return folder
     try:
@@ -59,7 +59,7 @@ def _find_folder(data_path: Path, source: type[CIFAR10]) -> Path:
     except OSError as error:
         raise UserError(f"data_path: '{data_path}' cannot be written ({_reason(error)}); choose another folder.") from error
     with staging as place:
-        _extract(archive if archive.is_file() else _download(source, place, folder), Path(place))
+        _extract(archive if archive.is_file() else _download(published, place, folder), Path(place))
         if not (staged := Path(place, folder.name)).is_dir():
             raise UserError(f"data_path: '{archive}' holds no folder '{folder.name}'; get the archive again.")
         with suppress(OSError):  # another process may have been faster
@@ -67,20 +67,20 @@ def _find_folder(data_path: Path, source: type[CIFAR10]) -> Path:
     return folder
 
 
-def _download(source: type[CIFAR10], place: str, folder: Path) -> Path:
+def _download(published: type[CIFAR10], place: str, folder: Path) -> Path:
     """The published archive, brought to `place`; its MD5 is checked."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none: a silent network would be waited for without end
     try:
-        downloads.download_url(source.url, place, source.filename, source.tgz_md5)
+        downloads.download_url(published.url, place, published.filename, published.tgz_md5)
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
-            f"data_path: neither '{folder}' nor '{folder.parent / source.filename}' is there and the download failed "
-            f"({_reason(error)}); get {source.url} where there is a network and put it into '{folder.parent}'."
+            f"data_path: neither '{folder}' nor '{folder.parent / published.filename}' is there and the download failed "
+            f"({_reason(error)}); get {published.url} where there is a network and put it into '{folder.parent}'."
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    return Path(place, source.filename)
+    return Path(place, published.filename)
 
 
 def _extract(archive: Path, target: Path) -> None:

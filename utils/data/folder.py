@@ -132,26 +132,26 @@ def _read_lists(root: Path, train: list[Path], test: list[Path]) -> Listing:
 
 def _read_lines(root: Path, lists: list[Path]) -> Files:
     paths, labels = [], []
-    for source in lists:
+    for file in lists:
         try:
-            lines = source.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data_path: the list '{source}' cannot be read ({error}); get it again.") from error
+            raise UserError(f"data_path: the list '{file}' cannot be read ({error}); get it again.") from error
         before = len(paths)
         for number, line in enumerate(lines, start=1):
             name, _, label = line.strip().rpartition(" ")
             if line.strip() and (not name or not label.isdecimal()):
                 raise UserError(
-                    f"data_path: '{source}', line {number}: '{line}' is not 'relative/path label'; get the list again."
+                    f"data_path: '{file}', line {number}: '{line}' is not 'relative/path label'; get the list again."
                 )
             if name:
                 paths.append(root / name.strip())
                 labels.append(int(label))
         if len(paths) == before:
-            raise UserError(f"data_path: the list '{source}' names no image; get it again.")
+            raise UserError(f"data_path: the list '{file}' names no image; get it again.")
         if not paths[before].is_file():
             raise UserError(
-                f"data_path: '{paths[before]}', the first image of '{source.name}', is not there; "
+                f"data_path: '{paths[before]}', the first image of '{file.name}', is not there; "
                 f"unpack the images beside their lists."
             )
     return paths, np.array(labels, dtype=np.int64)

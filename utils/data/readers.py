@@ -57,15 +57,15 @@ class PathReader:
 class MemoryReader:
     """Decoded images of their own sizes, end to end in one buffer on `home`: one object to share with workers, not many."""
 
-    def __init__(self, source: PathReader, members: np.ndarray, threads: int, home: torch.device) -> None:
+    def __init__(self, reader: PathReader, members: np.ndarray, threads: int, home: torch.device) -> None:
         with ThreadPoolExecutor(threads) as pool:  # PIL decodes without holding the interpreter's lock
-            self.shapes = list(pool.map(source.shape, members.tolist()))
+            self.shapes = list(pool.map(reader.shape, members.tolist()))
             ends = np.cumsum([3 * height * width for height, width in self.shapes])
             self.places = {image: place for place, image in enumerate(members.tolist())}
             self.starts = np.concatenate([[0], ends])
             with torch.inference_mode(False):  # the threads, which are outside an evaluation's mode, write to it
                 self.buffer = torch.empty(int(self.starts[-1]), dtype=torch.uint8, device=home)
-            for _ in pool.map(lambda image: self.read(image).copy_(source.read(image)), members.tolist()):
+            for _ in pool.map(lambda image: self.read(image).copy_(reader.read(image)), members.tolist()):
                 pass
 
     def read(self, image: int) -> Tensor:

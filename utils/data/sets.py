@@ -1,6 +1,6 @@
 """The data sets by their names in a config.
 
-A new one is an entry of `_READERS`; nothing else in the code knows a data set by name. Readers give labels in the natural
+A new one is an entry of `READERS`; nothing else in the code knows a data set by name. Readers give labels in the natural
 order of the classes; `utils.data_manager` turns them into a stream of tasks.
 """
 
@@ -81,7 +81,7 @@ def _pilot(folder: str) -> Callable[[Path, int], Contents]:
 
 
 # How the images are augmented, and what gives them for (data_path, seed).
-_READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
+READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "cifar224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR100)),
     "cifar10_224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR10)),
     "imagenetr": (PHOTOS, _pilot("imagenet-r")),
@@ -95,9 +95,9 @@ _READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
 
 
 def _load(name: str, data_path: Path, seed: int) -> Dataset:
-    augmentation, read = _READERS[name]
+    augmentation, read = READERS[name]
     images, labels, test_images, test_labels, classes = read(data_path, seed)
     return Dataset(name, Split(images, labels), Split(test_images, test_labels), classes, augmentation)
 
 
-DATASETS: dict[str, Callable[[Path, int], Dataset]] = {name: partial(_load, name) for name in _READERS}
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {name: partial(_load, name) for name in READERS}

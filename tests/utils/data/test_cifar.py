@@ -6,6 +6,7 @@ import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 from threading import Timer
 
 import numpy as np
@@ -112,21 +113,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         load_dataset("cifar224", tmp_path / "file" / "data")
 
 
-@pytest.mark.parametrize("name", ["cifar-100-python/../../outside", "/outside", "cifar-100-python/link"])
-def test_an_archive_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
-    place = tmp_path / "data"
-    place.mkdir()
-    with tarfile.open(place / CIFAR100.filename, "w:gz") as out:
+@pytest.mark.parametrize("name, kind", [
+    ("cifar-100-python/../../outside", tarfile.REGTYPE), ("/outside", tarfile.REGTYPE),
+    ("cifar-100-python/soft", tarfile.SYMTYPE), ("cifar-100-python/hard", tarfile.LNKTYPE),
+    ("cifar-100-python/pipe", tarfile.FIFOTYPE),
+])
+def test_a_hostile_archive_is_refused_whole(tmp_path: Path, name: str, kind: bytes) -> None:
+    folder = write_cifar100(tmp_path / "data", classes=3)
+    with tarfile.open(tmp_path / "data" / CIFAR100.filename, "w:gz") as out:
+        out.add(folder, arcname=folder.name)
         member = tarfile.TarInfo(name)
-        if name.endswith("link"):
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc"
-        else:
-            member.size = 3
+        member.type, member.linkname = kind, "" if kind == tarfile.REGTYPE else "/etc/passwd"
+        member.size = 3 if kind == tarfile.REGTYPE else 0
         out.addfile(member, io.BytesIO(b"bad"))
-    with pytest.raises(UserError, match=f"'{name}'"):
-        load_dataset("cifar224", place)
-    assert not (tmp_path / "outside").exists()
-    assert [path.name for path in place.iterdir()] == [CIFAR100.filename]
+    rmtree(folder)
+    with pytest.raises(UserError, match=f"'{name}'") as error:
+        load_dataset("cifar224", tmp_path / "data")
+    assert "\n" not in str(error.value) and not (tmp_path / "outside").exists()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [CIFAR100.filename]
 
 
 @pytest.mark.parametrize("damage", [
