@@ -21,8 +21,7 @@ from torch import Tensor
 
 from utils.data import Dataset, Split
 from utils.data.domains import apply_domain, check_domains
-from utils.data.loader import View
-from utils.data.reader import decoded_bytes, free_memory, undecodable
+from utils.data.readers import View, decoded_bytes, free_memory, undecodable
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
 from utils.errors import UserError, unknown
 from utils.rng import generator
@@ -230,12 +229,9 @@ class DataManager:
         images, augmentation = split.images, self.dataset.augmentation
         if isinstance(images, Tensor):
             return TensorSource(images, augmentation, self.image_size, self.device, home or torch.device("cpu"))
-        same = (images, members, augmentation, self.image_size, self.device)
-        if not keep_decoded:
-            return EvaluationFileSource(*same, self.num_workers, home)
-        if home == self.device:
-            return DecodedSource(*same, threads=max(1, self.num_workers))
-        return FileSource(*same, self.num_workers, in_memory=home is not None)
+        kept = DecodedSource if home == self.device else FileSource
+        kind = kept if keep_decoded else EvaluationFileSource
+        return kind(images, members, augmentation, self.image_size, self.device, self.num_workers, home)
 
     def _home(self, needed: int) -> torch.device | None:
         """Where `needed` bytes of images are kept; None if nowhere."""
