@@ -8,6 +8,7 @@ from models.base import BaseLearner, TaskReport
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
 from models.joint import Joint
+from models.l2p import L2P
 from models.recipes import GATES
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
@@ -18,6 +19,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "finetune_head": FinetuneHead,
     "simplecil": SimpleCIL,
     "joint": Joint,
+    "l2p": L2P,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, head=HEADS, growth_rule=RULES)

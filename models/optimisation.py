@@ -46,6 +46,9 @@ class OptimisationKeys(KeyGroup):
     grad_accum: int = key(
         1, "Compute every batch in so many parts: the same result up to rounding with less memory. At most `batch_size`.",
         ge=1)
+    max_grad_norm: float | None = key(
+        None, "Longest gradient of a step, all that is trained together; a longer one is shortened to it.",
+        unset="no limit", gt=0)
     eval_every: int = key(
         1,
         "Evaluate every so many epochs within a task and in its last one; 0 only after it. Costs time and changes no "

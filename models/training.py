@@ -118,6 +118,12 @@ class GradientLearner(BaseLearner):
     def gate_weights(self) -> Tensor | None:
         """The gate weights of the current step, if the method has a gate."""
 
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What images with `targets` int64 `[b]`, from 0, add to the loss, summed over them, and logits `[b, c]` of the task's
+        classes."""
+        logits = self.head.current_logits(self.embed(images))
+        return F.cross_entropy(logits, targets, reduction="sum"), logits
+
     def figures(self) -> dict[str, float]:
         """Figures of the method for the progress display and the log."""
         return {}
@@ -149,6 +155,8 @@ class GradientLearner(BaseLearner):
                 clf, sparse, correct = self.backward(images, labels, extra, total)
                 add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
+                if config.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(self._trained(), config.max_grad_norm)
                 if config.nan_policy == "skip" and not finite:
                     self._skip(meter)
                 else:
@@ -185,8 +193,8 @@ class GradientLearner(BaseLearner):
 
         The parts share the gate's graph, so only the last may free its graph as it goes; the others' go with their logits.
         """
-        logits = self.head.current_logits(self.embed(x))
-        share = F.cross_entropy(logits, y, reduction="sum") / total
+        loss, logits = self.loss(x, y)
+        share = loss / total
         (share if extra is None else share + extra).backward(retain_graph=not last)
         return share.detach(), (logits.detach().argmax(1) == y).sum()
 
