@@ -6,6 +6,7 @@ and head rows 3e-17, logits 3e-17.
 """
 
 import copy
+import functools
 import json
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def test_loss_gradients_and_prediction_are_those_of_the_paper(changes: dict) -> 
     assert all(parameter.grad is None for parameter in learner.backbone.parameters())
 
 
+@pytest.mark.slow
 def test_two_tasks_of_training_give_the_same_pool_and_logits() -> None:
     learner = learner_of(config_of(batch_size=64))
     images = test_images(learner, 8)
@@ -183,7 +185,7 @@ def test_a_network_without_a_place_for_prompts_is_refused(name: str) -> None:
     ({"top_k": 7}, ["'top_k' is 7", "'pool_size' of 6"]), ({"pool_size": 0}, ["'pool_size' is 0", "at least 1"]),
     ({"prompt_length": 0}, ["'prompt_length'"]), ({"top_k": 0}, ["'top_k'"]),
     ({"pull_constraint_coeff": -0.1}, ["'pull_constraint_coeff'"]), ({"max_grad_norm": 0}, ["'max_grad_norm'", "above 0"]),
-    ({"rank": 3}, ["'rank'", "l2p"]), ({"model_name": "finetune_head"}, ["'pool_size'", "finetune_head"])])
+    ({"rank": 3}, ["'rank'", "l2p"]), ({"model_name": "finetune_head"}, ["no effect", "finetune_head"])])
 def test_bad_values_are_one_sentence(changes: dict, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         config_of(**changes)
@@ -208,8 +210,8 @@ class Cut(trainer.Quiet):
 
 
 def test_a_run_goes_on_within_a_task_to_the_same_bits() -> None:
-    config = config_of(epochs=2, batch_size=48)
-    whole, session = learner_of(config), Cut(step=8)
+    config = config_of(init_lr=0.02, epochs=2, batch_size=96)
+    whole, session = learner_of(config), Cut(step=3)
     cut = session.learner = learner_of(config, session)
     learn(whole, range(2))
     with pytest.raises(Cut.Ended):
@@ -247,10 +249,10 @@ def test_what_an_image_gets_depends_on_no_other_image() -> None:
     torch.testing.assert_close(learner.predict(images), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    return folder, trainer.run(config_of(folder, precision=request.param, init_epoch=3, epochs=3))[0]
+    return folder, trainer.run(config_of(folder, precision=request.param, init_epoch=2, epochs=2))[0]
 
 
 def test_a_run_is_far_above_chance(run: tuple[Path, dict]) -> None:
@@ -279,13 +281,18 @@ def test_parameters_and_bytes_are_counted(run: tuple[Path, dict]) -> None:
         assert record["stored_bytes"] == 4 * record["stored_parameters"]
 
 
-@pytest.mark.slow
-def test_a_compiled_network_learns_the_same(tmp_path: Path) -> None:
-    compiled, plain = (learner_of(config_of(tmp_path, compile=value)) for value in (True, False))
-    images = test_images(plain, 8)
-    for learner in (compiled, plain):
-        learn(learner, range(1))
-    torch.testing.assert_close(compiled.predict(images), plain.predict(images), rtol=1e-2, atol=1e-2)
+def test_with_compile_the_whole_network_is_one_graph_that_gives_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
+    losses = []
+    for value in (True, False):
+        learner = learner_of(config_of(compile=value, precision="bf16"))
+        learner.begin_task(0)
+        images, labels = batch_of(learner)
+        loss, _ = learner.loss(images.float(), labels)
+        loss.backward()
+        losses.append((loss.detach(), learner.pool.prompts.grad, learner.pool.keys.grad))
+    for compiled, plain in zip(*losses, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.slow
