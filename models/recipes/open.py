@@ -32,7 +32,7 @@ class Open(Recipe):
 
     @property
     def alpha_scope(self) -> str:
-        return "task"
+        return self.config.alpha_scope
 
     def begin(self) -> None:
         self.learner.bank.reset_magnitudes(self.config.init_alpha)
