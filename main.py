@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_all(options: argparse.Namespace) -> int:
+    import models  # noqa: F401  (every key of every method)
     from studies.study import Study, is_study, load_study
     from utils.config import load_config
     from utils.runs.progress import LOGGER
@@ -49,12 +50,12 @@ def run_all(options: argparse.Namespace) -> int:
                 status = max(status, launch.start(processes, options, path))
                 continue
             from studies.runner import perform
-            from trainer import check, describe, run  # loads torch: --help and mistakes in a config are answered without
+            from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
             from utils.runs.runtime import log_to_console
 
             log_to_console()
             if isinstance(config, Study):
-                status = max(status, perform(config, check, options.dry_run, options.overwrite))
+                status = max(status, perform(config, lambda c: None, options.dry_run, options.overwrite))
             elif not options.dry_run:
                 run(config, options.overwrite)
             elif launch.place().rank == 0:

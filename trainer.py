@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from backbone import FrozenViT, create_backbone
-from models import LEARNERS, BaseLearner
+from models import LEARNERS
 from models.training import epochs_of
 from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
-from utils.errors import UserError, unknown
+from utils.errors import UserError
 from utils.results.metrics import TaskCounts, kept_set, summary, tally_predictions
 from utils.results.plots import write_pictures
 from utils.results.report import curve_lines, final_table, seeds_table
@@ -52,7 +52,6 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
 
     Of several processes each calls this; the main one alone touches folders.
     """
-    check(config)
     if config.deterministic:
         use_deterministic_algorithms()
     device, warnings = pick_device(config.device)
@@ -75,33 +74,20 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
 
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: resolved config, split and parameter counts; trains and writes nothing."""
-    check(config)
     device, warnings = pick_device(config.device)
     for seed in config.seed:
         run_folder.check_owner(run_folder.folder_of(config, seed), run_folder.of_seed(config, seed))
     backbone, data = build(config, config.seed[0], device)
     frozen = backbone.identity.parameters
-    kind = learner_class(config)
-    learner = kind(config, kind.stream(data), backbone, config.seed[0], Progress(0, terminal=False))
-    learner.begin_task(0)
+    kind = LEARNERS[config.model_name]
+    learner = kind(config, kind.stream(data), backbone, config.seed[0], Quiet())
+    learner.make_room(0)
     record = data.split_record()
     return {"config": config.model_dump(mode="json"), "warnings": [*config_warnings(config), *warnings], "device": str(device),
             "backbone": asdict(backbone.identity), "frozen_parameters": frozen,
             "trainable_parameters_task_0": learner.trainable_parameters(),
             "split": {"sha256": record["sha256"], "class_order": data.class_order, "task_sizes": data.task_sizes,
                       "train_images": [data.train_size(task) for task in range(data.nb_tasks)]}}
-
-
-def check(config: Config) -> None:
-    """Raises UserError for an unknown method, or a key that has no effect for it."""
-    learner_class(config).check(config)
-
-
-def learner_class(config: Config) -> type[BaseLearner]:
-    """The method that `model_name` names."""
-    if config.model_name not in LEARNERS:
-        raise unknown("model_name", config.model_name, LEARNERS)
-    return LEARNERS[config.model_name]
 
 
 def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, DataManager]:
@@ -112,13 +98,29 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
     # Workers pay off beside a GPU; on the CPU they would take the cores that the network computes with.
     spare = min(8, (os.cpu_count() or 1) // processes) if device.type == "cuda" else 0
     workers = spare if config.num_workers is None else config.num_workers
-    held_out = config.val_fraction if config.growth_rule == "val_loss" else 0.0
+    held_out = LEARNERS[config.model_name].held_out(config)
     data = DataManager(
         dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
         num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains)
     return backbone, data
+
+
+class Quiet:
+    """The session of a learner that nobody watches, evaluates or interrupts."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(1, terminal=False)
+
+    def evaluate(self) -> float:
+        return 0.0
+
+    def after_step(self) -> None:
+        pass
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        pass
 
 
 class Run:
@@ -134,7 +136,7 @@ class Run:
         self.signals = Signals()
         self.records: list[dict[str, Any]] = []
         self.result: dict[str, Any] = {}
-        self.within_task = False  # a task has begun that the learner's state can go on with
+        self.within_task = False  # the newest checkpoint lies within a task that has begun
         self.task_started = self.checkpoint_written = time.monotonic()
         self.steps = 0
 
@@ -174,7 +176,7 @@ class Run:
 
     def evaluate(self) -> float:
         """Accuracy in percent on the test images of every class seen so far."""
-        counts = self._counts()
+        counts = self._counts(f"Task {self.learner.task}: evaluation", whole=True)
         return 100 * sum(counts.top1) / sum(counts.images)
 
     def after_step(self) -> None:
@@ -182,7 +184,16 @@ class Run:
         self.steps += 1
         due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
         due, received = distributed.largest(due, self.signals.received or 0)
-        if due or (self.config.checkpoint_steps and self.steps % self.config.checkpoint_steps == 0):
+        if due or received or (self.config.checkpoint_steps and self.steps % self.config.checkpoint_steps == 0):
+            self._checkpoint()
+        self._stop_on(received)
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        """Shows work that is no optimizer step, and stops the run once a signal has come: with a checkpoint of what is done if
+        the learner's state is `whole`, else the newest one is where the run goes on from."""
+        self.progress.work(title, done, total)
+        received, = distributed.largest(self.signals.received or 0)
+        if whole and (received or time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes):
             self._checkpoint()
         self._stop_on(received)
 
@@ -197,12 +208,12 @@ class Run:
     def _build(self) -> None:
         config = self.config
         backbone, self.data = build(config, self.seed, self.device)
-        kind = learner_class(config)
+        kind = LEARNERS[config.model_name]
         self.stream = kind.stream(self.data)
         self.task_steps = [epochs_of(config, t) * self.stream.steps_per_epoch(t, config.batch_size) if kind.trains else 0
                            for t in range(self.stream.nb_tasks)]
         self.progress = Progress(sum(self.task_steps), terminal=None if distributed.is_main() else False)
-        self.learner = kind(config, self.stream, backbone, self.seed, self.progress)
+        self.learner = kind(config, self.stream, backbone, self.seed, self)
 
     def _prepare(self) -> None:
         config, identity = self.config, self.learner.backbone.identity
@@ -246,11 +257,10 @@ class Run:
                 self.learner.begin_task(task)
             self.within_task = True
             trainable = self.learner.trainable_parameters()
-            self.learner.train(self)
+            self.learner.train()
             self._checkpoint()
-            self.within_task = False
             report = self.learner.end_task()
-            counts = self._counts()
+            counts = self._counts(f"Task {task}: evaluation")
             stored = self.learner.stored_tensors()
             files = on_main(self._save)
             peak, = distributed.largest(peak_memory(self.device))
@@ -260,40 +270,36 @@ class Run:
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
                 "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak,
-                "files": files, "counts": asdict(counts)})
+                "files": files, "probe": self.learner.probe(), "counts": asdict(counts)})
+            self.within_task = False
             self._checkpoint()
             self._write_results()
             LOGGER.info(f"Saved: {', '.join(files)} in {self.folder}")
             for line in curve_lines(self.result["metrics"]):
                 LOGGER.info(line)
-            self._stop_on_signal()
+            self._stop_on(*distributed.largest(self.signals.received or 0))
         self._write_results()
         on_main(write_pictures, self.result, self.folder)
         self._write_results(finished=True)
         on_main(self.checkpoints.remove_all)
 
-    def _counts(self) -> TaskCounts:
+    def _counts(self, title: str, whole: bool = False) -> TaskCounts:
         seen = range(self.stream.seen_classes(self.learner.task))
         tasks = int(self.data.task_of_class[seen[-1]]) + 1
         task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
         tally = torch.zeros(len(fields(TaskCounts)), tasks, dtype=torch.long, device=self.device)
         self.learner.start_evaluation()
-        for images, labels in self.data.eval_batches("test", seen, self.config.batch_size, distributed.part()):
+        size = self.config.batch_size
+        batches = self.data.eval_batch_count("test", seen, size)
+        for number, (images, labels) in enumerate(self.data.eval_batches("test", seen, size, distributed.part())):
+            self.work(title, number, batches, whole)
             if len(labels):
                 tally += tally_predictions(self.learner.predict(images), labels, task_of_class, tasks)
-            self._stop_on_signal()
         distributed.add_up(tally)
         return TaskCounts.of(tally)  # the one wait for the device
 
-    def _stop_on_signal(self) -> None:
-        """Stops all processes at this point if a signal has reached any of them."""
-        self._stop_on(*distributed.largest(self.signals.received or 0))
-
     def _stop_on(self, received: int) -> None:
-        """Between tasks and while a task is decided, the checkpoint on disk is the one to go on from."""
         if received:
-            if self.within_task:
-                self._checkpoint()
             raise Stopped(signal.Signals(received))
 
     def _save(self) -> dict[str, str]:

@@ -41,7 +41,7 @@ def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, devic
     task = last if task is None else task
     if not 0 <= task <= last:
         raise UserError(f"--task: {folder} has finished tasks 0 to {last}, not {task}; choose one of those.")
-    config = config_from_dict({**run.result["config"], "device": device}, options={"device": "--device"})
+    config = config_from_dict({**run.config.model_dump(mode="json"), "device": device}, options={"device": "--device"})
     place, warnings = pick_device(config.device)
     for warning in warnings:
         say(warning)

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from models import SavedNetwork
-from utils.config import Config, config_from_dict
+from utils.config import Config, config_of_record
 from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, count_predictions
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> FinishedRun:
         hint = f"the folder of one seed, such as '{seeds[0].parent}'" if seeds else "the folder of a run ('filepath')"
         raise UserError(f"{path}: there is no such file; name {hint}.")
     result = read_sealed_json(path)
-    config = config_from_dict(result["config"], str(path))
+    config = config_of_record(result["config"], str(path))
     if not result["tasks"]:
         raise UserError(f"{folder}: no task has been finished there; run its command again.")
     if any(entry["beta_values"] is None for entry in result["tasks"]):

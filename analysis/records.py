@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config, config_from_dict
+import models  # noqa: F401  (every key of every method)
+from utils.config import config_of_record
 from utils.config.file import read_config_file
+from utils.config.keys import DataKeys
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json
 from utils.runs.folder import NOT_COMPARED
@@ -27,9 +29,7 @@ _NEEDED = ("finished", "config", "seed", "hardware", "backbone", "class_order_sh
 
 # Keys of the config that say how images are read, not which.
 _NOT_THE_STREAM = frozenset({"nb_tasks", "bad_images", "normalize"})
-_STREAM_KEYS = tuple(dict.fromkeys([*(key for key, field in Config.model_fields.items()
-                                      if field.json_schema_extra["group"] == "data" and key not in _NOT_THE_STREAM),
-                                    "task_domains"]))
+_STREAM_KEYS = tuple(key for key in DataKeys.model_fields if key not in _NOT_THE_STREAM)
 _NOT_THE_METHOD = NOT_COMPARED | {"seed", "nb_tasks", *_STREAM_KEYS}
 
 
@@ -251,7 +251,7 @@ def _identity(result: Mapping[str, Any]) -> str:
 def _config(result: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a record; keys younger than the record have their defaults. As it stands where it is no config today."""
     try:
-        return config_from_dict(result["config"]).model_dump(mode="json")
+        return config_of_record(result["config"], "config").model_dump(mode="json")
     except UserError:
         return dict(result["config"])
 

@@ -12,11 +12,14 @@ class FrozenViT(nn.Module):
 
     def __init__(self, vit: nn.Module, identity: Identity) -> None:
         super().__init__()
-        read_class_token_alone(vit)
         self.vit = vit
         self.identity = identity
         self.width: int = vit.num_features
         self.image_size, self.mean_std = data_config(vit)
+
+    def read_class_token_alone(self) -> None:
+        """From here on nothing but the features is read: the last block leaves out what they do not need."""
+        read_class_token_alone(self.vit)
 
     def train(self, mode: bool = True) -> "FrozenViT":
         """Stays in evaluation mode: the backbone is frozen, its dropout and drop-path too."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from backbone.gated_linear import GatedQKV, Operands
-from backbone.gates import GumbelGate
+from backbone.gates import Gate, GumbelGate
 from backbone.vit import fused_qkv
+
+__all__ = ["AdapterBank", "GumbelGate", "frobenius_norm", "inject"]
 
 
 def frobenius_norm(A: Tensor, B: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ class AdapterBank(nn.Module):
     """The active adapters: stored ones as unit directions, the current one as it is being trained.
 
     layers: the projections that the bank writes to. alpha_scope: one magnitude per block and projection (`"layer"`) or
-    per adapter (`"task"`). `tasks` lists the active adapters by task, ascending; the current one, if any, is the last.
+    per adapter (`"task"`). train_alpha: whether magnitudes are trained; where they are not, A and B carry the newcomer's until
+    commit moves it here. `tasks` lists the active adapters by task, ascending; the current one, if any, is the last.
     A pruned adapter's tensors are gone: nothing masked remains (METHOD.md, I5).
 
     skip_silent: leave adapters that this step's gate weighs exactly 0 out of the step; they move neither output nor gradient.
@@ -42,11 +45,11 @@ class AdapterBank(nn.Module):
 
     _FIXED = ("A", "B", "scale", "product_ratio", "absorbed")
 
-    def __init__(self, layers: list[GatedQKV], gate: GumbelGate, alpha_scope: str) -> None:
+    def __init__(self, layers: list[GatedQKV], gate: Gate, alpha_scope: str, train_alpha: bool = True) -> None:
         super().__init__()
         self.layers = layers  # a plain list: the layers belong to the backbone, not to the bank
         self.gate = gate
-        self.alpha_scope = alpha_scope
+        self.alpha_scope, self.train_alpha = alpha_scope, train_alpha
         self.skip_silent = True
         self._spread: tuple[tuple, Tensor] | None = None
         self.tasks: list[int] = []
@@ -107,11 +110,11 @@ class AdapterBank(nn.Module):
         self.ranks = [self.ranks[i] for i in keep]
 
     @torch.no_grad()
-    def commit(self) -> None:
+    def commit(self, keep_norm: bool = False) -> None:
         """Stores the current adapter as direction and magnitude (METHOD.md, section 3, step 5).
 
-        Gated methods with `alpha_scope` "layer" move the norm into alpha, so no output changes; with "task" the scalar
-        stays. SD-LoRA keeps the norm as a fixed factor until the next task begins (`reset_magnitudes`).
+        With `alpha_scope` "layer" the norm moves into alpha, so no output changes; with "task" the scalar stays as it is, and
+        so does the output only with `keep_norm`: the norm is a fixed factor until the next task begins (`reset_magnitudes`).
         """
         assert self.current is not None
         norm = frobenius_norm(self.new_A, self.new_B)  # [L, 2]
@@ -123,10 +126,8 @@ class AdapterBank(nn.Module):
         self.product_ratio[-1] = torch.where(alive, norm / factors.clamp_min(1e-300), 0)
         if self.alpha_scope == "layer":
             self.alpha[-1] *= norm.to(self.alpha)
-        elif not self.gate.gated:
-            self.scale[-1] = norm
         else:
-            self.scale[-1] = alive  # a norm of zero enters with magnitude 0
+            self.scale[-1] = norm if keep_norm else alive  # a norm of zero enters with magnitude 0
         self.new_A = self.new_B = None
 
     @torch.no_grad()
@@ -265,8 +266,7 @@ class AdapterBank(nn.Module):
         return torch.tensor(self.ranks[:count], dtype=torch.long).cumsum(0).tolist()
 
     def _magnitude(self, alpha: Tensor) -> nn.Parameter:
-        """Fixed for a gate that decides early: A and B carry the newcomer's magnitude until commit moves it here."""
-        return nn.Parameter(alpha.detach(), requires_grad=not self.gate.early)
+        return nn.Parameter(alpha.detach(), requires_grad=self.train_alpha)
 
     def _alpha_shape(self, count: int) -> tuple[int, ...]:
         return (count, self.depth, 2) if self.alpha_scope == "layer" else (count,)

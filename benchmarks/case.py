@@ -34,10 +34,9 @@ from backbone.vit import data_config, load_vit
 from benchmarks.common import GENERATED, Clock, generated_dataset, register
 from benchmarks.references import loop_layers, stacked_layers
 from models.sdlora import SDLoRA
-from trainer import build
+from trainer import Quiet, build
 from utils.config import Config, config_from_dict
 from utils.rng import generator
-from utils.runs.progress import Progress
 from utils.runs.runtime import peak_memory, pick_device
 
 CLASSES = 10  # of the current task
@@ -60,7 +59,7 @@ class Case(NamedTuple):
     warmup: int
 
 
-class Stopwatch:
+class Stopwatch(Quiet):
     """Times what happens between its calls. As the session of a learner it asks for nothing and times the optimizer steps.
 
     After `warmup` calls, which are not counted, `ready` is called once; what it returns, if anything, is run and timed before
@@ -69,14 +68,12 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, warmup: int,
                  ready: Callable[[], Callable[[], Any] | None] = lambda: None) -> None:
+        super().__init__()
         self.clock, self.warmup, self.ready = Clock(device), warmup, ready
         self.calls, self.pace = 0, None
         self.spans: list[tuple[Any, Any]] = []
         self.pace_spans: list[tuple[Any, Any]] = []
         self._began: Any = None
-
-    def evaluate(self) -> float:
-        return 0.0
 
     def after_step(self) -> None:
         now = self.clock.mark()
@@ -147,7 +144,7 @@ def learner_with(config: Config, adapters: int, device: torch.device) -> SDLoRA:
     """The learner at the start of a task, after `adapters` tasks whose adapters look trained."""
     register(generated_dataset(CLASSES * (adapters + 1), train=1, test=1, size=32))
     backbone, data = build(config, config.seed[0], device)
-    learner = SDLoRA(config, data, backbone, config.seed[0], Progress(1, terminal=False))
+    learner = SDLoRA(config, data, backbone, config.seed[0], Quiet())
     for task in range(adapters):
         add_trained(learner, task, config.rank)
     learner.begin_task(adapters)
@@ -182,8 +179,8 @@ def train_on(learner: SDLoRA, session: Any, images: Tensor, labels: Tensor, step
     def batches(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
         return ((images, labels) for _ in range(steps))
 
-    learner.data.train_batches = batches
-    learner.train(session)
+    learner.data.train_batches, learner.session = batches, session
+    learner.train()
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -240,6 +237,7 @@ def _plain(case: Case, config: Config, device: torch.device) -> tuple[Callable, 
         plain = Plain.floor(case, device)
     else:
         frozen = create_backbone(config)
+        frozen.read_class_token_alone()
         plain = Plain(case, frozen, frozen.image_size, device)
 
     def train(watch: Stopwatch) -> None:

@@ -50,6 +50,7 @@ class PacedRun(TimedRun):
         super().__init__(config, seed, folder, device)
         self.pace: dict[int, list[tuple[Any, Any]]] = {}
         self._floor = create_backbone(config).to(device)
+        self._floor.read_class_token_alone()
         size = self._floor.image_size
         self._pixels = torch.rand(config.batch_size, 3, size, size).to(device).requires_grad_()
 

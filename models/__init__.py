@@ -1,10 +1,17 @@
 """One file per class-incremental method; `LEARNERS` maps a config's `model_name` to its class."""
 
-from models.artifacts import SavedNetwork, load_network
+from pathlib import Path
+
+from backbone.heads import HEADS
+from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
-from models.controls import FinetuneHead, SimpleCIL
+from models.finetune_head import FinetuneHead
+from models.growth import RULES
 from models.joint import Joint
+from models.recipes import GATES
 from models.sdlora import SDLoRA
+from models.simplecil import SimpleCIL
+from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
     "sdlora": SDLoRA,
@@ -12,5 +19,13 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "simplecil": SimpleCIL,
     "joint": Joint,
 }
+
+config.register(model_name=LEARNERS, gate=GATES, head=HEADS, growth_rule=RULES)
+
+
+def load_network(folder: str | Path, task: int) -> SavedNetwork:
+    """The network that was evaluated after `task`, from the files of the run in `folder`; see `BaseLearner.load`."""
+    return LEARNERS[SavedRun(folder, task).config.model_name].load(folder, task)
+
 
 __all__ = ["LEARNERS", "BaseLearner", "SavedNetwork", "TaskReport", "load_network"]

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from backbone import FrozenViT
-from utils.config import Config, refuse_inactive
+from models.artifacts import SavedNetwork, SavedRun
+from utils.config import Component, Config
 from utils.data_manager import DataManager
+from utils.rng import generator
 from utils.runs.progress import Progress
 
 
 class Session(Protocol):
-    """What a learner may ask of the trainer while it learns a task."""
+    """What a learner may ask of the trainer while it learns."""
+
+    progress: Progress
 
     def evaluate(self) -> float:
         """Accuracy in percent on the test images of every class seen so far."""
@@ -23,6 +27,11 @@ class Session(Protocol):
     def after_step(self) -> None:
         """To be called between optimizer steps, when `state` is one to go on from: may write a checkpoint, and raises
         utils.runs.signals.Stopped when the run is to stop."""
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        """To be called between the `total` parts of any other work that may take more than a second: shows it, and raises
+        Stopped when the run is to stop. `whole`: the state is one to go on from, and is saved then; otherwise the run goes on
+        from the last checkpoint, and does the work again."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +48,24 @@ class TaskReport:
     numbers: dict[str, float] = field(default_factory=dict)  # what else the growth rule looked at
 
 
-class BaseLearner(ABC):
+class BaseLearner(Component, ABC):
     """One method on one stream. The trainer calls, for every task in turn: begin_task, train, end_task, then `predict`
     on the test images, then save.
 
-    config, seed: the run. data: the stream. backbone: the frozen ViT, which the learner may inject into. progress: where
-    training reports to. `inactive` names the config keys that have no effect for the method; setting one to anything but
-    its default is refused.
+    config, seed: the run. data: the stream. backbone: the frozen ViT, which the learner may inject into. session: the run, to
+    report to. All three steps of a task may be broken off by `session`: from the state of the last checkpoint they end with
+    the same tensors.
     """
 
-    inactive: frozenset[str] = frozenset()
     trains = True  # by gradient steps, which the progress display counts
+    reads_class_token_alone = True  # of the backbone's last block, which is then shortened
 
-    def __init__(self, config: Config, data: DataManager, backbone: FrozenViT, seed: int, progress: Progress) -> None:
-        self.config, self.data, self.seed, self.progress = config, data, seed, progress
+    def __init__(self, config: Config, data: DataManager, backbone: FrozenViT, seed: int, session: Session) -> None:
+        self.config, self.data, self.seed, self.session = config, data, seed, session
         self.device = data.device
         self.task = -1
+        if self.reads_class_token_alone:
+            backbone.read_class_token_alone()
         self.backbone = backbone.to(self.device)
         self._features = torch.compile(self.backbone) if config.compile else self.backbone
 
@@ -64,19 +75,23 @@ class BaseLearner(ABC):
         return data
 
     @classmethod
-    def check(cls, config: Config) -> None:
-        """Raises UserError for a config key that does nothing for this method."""
-        refuse_inactive(config, config.model_name, cls.inactive)
+    def held_out(cls, config: Config) -> float:
+        """Share of every class's training images that the method wants held out as the split `val`."""
+        return 0.0
 
     def announce(self) -> None:
         """Logs what is particular to the method, once at the start of a run."""
 
     @abstractmethod
+    def make_room(self, task: int) -> None:
+        """The first part of `begin_task`: room for the classes of `task`, and all that it trains. Looks at no image."""
+
     def begin_task(self, task: int) -> None:
-        """Makes room for the classes of `task`."""
+        """Gets ready to learn `task`."""
+        self.make_room(task)
 
     @abstractmethod
-    def train(self, session: Session) -> None:
+    def train(self) -> None:
         """Learns the current task, from where `load_state` left it."""
 
     def steps_done(self) -> int:
@@ -95,8 +110,38 @@ class BaseLearner(ABC):
         """Logits `[b, classes seen]` for images `[b, 3, S, S]`."""
 
     @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """What is stored for the method besides the frozen backbone."""
+
+    # ---- what is left behind
+
+    @abstractmethod
     def save(self, folder: Path) -> list[Path]:
         """Writes the artifacts of the current task into `folder` (METHOD.md, section 5); returns their paths."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, saved: SavedRun) -> SavedNetwork:
+        """The network that was evaluated after a task, from what `save` wrote: all files of that task have to be read."""
+
+    @classmethod
+    def load(cls, folder: str | Path, task: int) -> SavedNetwork:
+        """`rebuild` from the run in `folder`, which has finished `task`, in float32.
+
+        Raises UserError if a file is missing or not, to the bit, what the run wrote, if the backbone's weights are not those
+        of the run, or if what comes out is another network than the one that the run evaluated.
+        """
+        saved = SavedRun(folder, task)
+        network = cls.rebuild(saved)
+        saved.check(network)
+        return network
+
+    def probe(self) -> list[list[float]]:
+        """Logits of two images of noise: kept with the run, so that `load` can tell whether it has all of the network."""
+        size = self.backbone.image_size
+        images = torch.rand(2, 3, size, size, generator=generator(0, "probe")).to(self.device)
+        self.start_evaluation()
+        return self.predict(images).float().tolist()
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -106,9 +151,7 @@ class BaseLearner(ABC):
     def load_state(self, state: dict[str, Any]) -> None:
         """The learner as it was at `state`."""
 
-    @abstractmethod
-    def modules(self) -> list[nn.Module]:
-        """What is stored for the method besides the frozen backbone."""
+    # ---- shared by all
 
     def embed(self, images: Tensor) -> Tensor:
         """Features `[b, d]` in the backbone's precision; it runs under autocast with `precision` bf16."""

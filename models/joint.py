@@ -1,26 +1,35 @@
 """The upper bound: one adapter and one head trained on the images of all tasks at once."""
 
 from models.base import TaskReport
-from models.controls import GATE_KEYS, GROWTH_KEYS
-from models.sdlora import SDLoRA
+from models.growth import KeepAll, Rule
+from models.optimisation import HeadKeys, OptimisationKeys
+from models.recipes.base import AlphaKeys, Recipe
+from models.recipes.open import Open, OpenKeys
+from models.sdlora import AdapterKeys, SDLoRA
 from utils.config import Config
 from utils.data_manager import DataManager, JoinedStream
 
 
 class Joint(SDLoRA):
-    """SD-LoRA on a stream whose single task has all classes: `init_epoch` epochs at `init_lr`, the gate open.
+    """A control: one adapter and one head trained on all tasks at once, for `init_epoch` epochs at `init_lr`.
 
-    Its run has one record, whose counts cover every task of the real stream.
+    SD-LoRA on a stream whose single task has all classes. Its run has one record, whose counts cover every task of the real
+    stream.
     """
 
-    inactive = GATE_KEYS | GROWTH_KEYS | frozenset({"epochs", "lrate", "rank_schedule"})
+    class Keys(OptimisationKeys, HeadKeys, AdapterKeys, OpenKeys, AlphaKeys):
+        """Joint training"""
 
-    def __init__(self, config: Config, *args, **kwargs) -> None:
-        super().__init__(config.model_copy(update={"gate": "none", "growth_rule": "none"}), *args, **kwargs)
-
-    def end_task(self) -> TaskReport:
-        return TaskReport(active_adapters=super().end_task().active_adapters)  # there was no gate and nothing to decide
+    @classmethod
+    def rule(cls, config: Config) -> type[Rule]:
+        return KeepAll
 
     @classmethod
     def stream(cls, data: DataManager) -> DataManager:
         return JoinedStream(data)
+
+    def make_recipe(self) -> Recipe:
+        return Open(self)
+
+    def end_task(self) -> TaskReport:
+        return TaskReport(active_adapters=super().end_task().active_adapters)  # there was no gate and nothing to decide

@@ -1,6 +1,7 @@
-"""Gumbel CL-LoRA, and SD-LoRA as gate "none": one adapter per task, a gate over all of them, growth on merit."""
+"""The learner with one adapter per task, a gate over all of them, and growth on merit: Gumbel CL-LoRA with its trained gates,
+SD-LoRA with gate "none" (METHOD.md, sections 2 to 4). What a gate does in the course of a task is in models/recipes/."""
 
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,161 +9,146 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.gates import GATES
-from backbone.keys import Key, Keys, key_size, token_statistics
 from backbone.lora import AdapterBank, inject
-from models.artifacts import beta_record, save_task
-from models.base import Session, TaskReport
-from models.growth import RULES, Decision, Evidence
-from models.training import GradientLearner, epochs_of, learning_rate, make_row_optimizer
-from utils.config import Config
+from models.artifacts import SavedNetwork, SavedRun, beta_record, save_adapter, save_head
+from models.base import TaskReport
+from models.growth import RULES, Decision, Grounds, Rule
+from models.optimisation import learning_rate
+from models.recipes import GATES, Recipe
+from models.rows import RowFit
+from models.training import GradientLearner
+from utils.config import Config, KeyGroup, key
+from utils.config.rules import Name, RankSteps, show
 from utils.errors import UserError
-from utils.gumbel_utils import TemperatureScheduler, sample_gumbel, sparsity_loss
 from utils.results.report import growth_lines
 from utils.rng import generator
 from utils.runs import distributed
+from utils.runs.files import write_torch
 from utils.runs.progress import LOGGER
 
 
+class AdapterKeys(KeyGroup):
+    """Adapters"""
+
+    rank: int | None = key(
+        None, "Rank of every LoRA adapter, at most the backbone's width. Parameters per adapter grow in proportion.",
+        unset="10, or the first rank of `rank_schedule`",
+        derive=lambda config: config.rank_schedule[0][1] if getattr(config, "rank_schedule", None) else 10, ge=1)
+    head_lr: float | None = key(
+        None,
+        "Learning rate of the head's new rows while an adapter is trained with them. A higher one than the adapter's lets the "
+        "adapter learn from rows that mean something.", unset="the task's learning rate", gt=0)
+
+
+class ManyAdaptersKeys(KeyGroup):
+    """Adapters along the stream"""
+
+    rank_schedule: RankSteps | None = key(
+        None,
+        "Ranks that change along the stream, as pairs [first task, rank]; SD-LoRA-RR is `[[0, 10], [4, 8], [8, 6]]`.",
+        unset="`rank` in every task",
+        allowed="a list of pairs [first task, rank], tasks ascending from 0 and ranks of at least 1")
+    gate: Name = key("gumbel_sparsemax", "How the adapters are weighted.")
+
+
 class SDLoRA(GradientLearner):
-    """The learner of METHOD.md, sections 2 to 4."""
+    """One adapter per task, weighted by a gate; `gate` decides between Gumbel CL-LoRA and SD-LoRA."""
+
+    class Keys(GradientLearner.Keys, AdapterKeys, ManyAdaptersKeys):
+        """Adapters under a gate"""
+
+    @classmethod
+    def contradictions(cls, config: Config) -> Iterator[str]:
+        yield from super().contradictions(config)
+        schedule = getattr(config, "rank_schedule", None)
+        if schedule and config.rank != schedule[0][1]:
+            yield (f"'rank' is {show(config.rank)} but 'rank_schedule' starts with rank {show(schedule[0][1])}; leave out "
+                   "'rank'")
+
+    @classmethod
+    def held_out(cls, config: Config) -> float:
+        return cls.rule(config).held_out(config)
+
+    @classmethod
+    def rule(cls, config: Config) -> type[Rule]:
+        """The growth rule that the config names."""
+        return RULES[config.growth_rule]
+
+    def make_recipe(self) -> Recipe:
+        """The recipe of the gate that the config names."""
+        return GATES[self.config.gate](self)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         config = self.config
+        self.recipe = self.make_recipe()
+        self.gate = self.recipe.gate
         layers = inject(self.backbone.vit, config.backbone_type)
-        self.gate = GATES[config.gate]()
-        self.bank = AdapterBank(layers, self.gate, config.alpha_scope).to(self.device)
+        self.bank = AdapterBank(layers, self.gate, self.recipe.alpha_scope, self.recipe.train_alpha).to(self.device)
         self.bank.skip_silent = not config.compile  # a compiled network wants the same shapes in every step
-        largest = max([config.rank, *(rank for _, rank in config.rank_schedule or [])])
+        schedule = getattr(config, "rank_schedule", None) or []
+        largest = max([config.rank, *(rank for _, rank in schedule)])
         if largest > self.bank.width:
-            key = "rank" if largest == config.rank else "rank_schedule"
-            raise UserError(f"{key}: {largest} is above the width {self.bank.width} of '{config.backbone_type}'; choose a "
+            name = "rank" if largest == config.rank else "rank_schedule"
+            raise UserError(f"{name}: {largest} is above the width {self.bank.width} of '{config.backbone_type}'; choose a "
                             f"rank between 1 and {self.bank.width}.")
         self.pruned: set[int] = set()
         self.decision_beta = torch.zeros(0)
-        self.keys = Keys()
-        self._decision: Decision | None = None  # that of the current task, if it has been taken already
-        self._beta: Tensor | None = None
+        # Once the current task is settled: the decision, and what it dropped. Then head rows may have to be fitted.
+        self._settled: tuple[Decision, list[int]] | None = None
+        self._row_fit: RowFit | None = None
+        self._views_seen: list[Tensor] = []  # of a row fit that is to go on
 
     def announce(self) -> None:
-        config = self.config
-        if self.gate.learned:
-            LOGGER.info(f"[Gumbel CL-LoRA] tau_init={config.gumbel_tau_init}, tau_final={config.gumbel_tau_final}, "
-                        f"anneal_rate={config.gumbel_anneal_rate}, lambda_sparsity={config.lambda_sparsity}")
-        elif self.gate.early:
-            LOGGER.info(f"[Gumbel CL-LoRA] gate=evidence, tau_final={config.gumbel_tau_final}, price={config.gate_price}")
+        self.recipe.announce()
 
     # ---- begin
 
     @torch.no_grad()
+    def make_room(self, task: int) -> None:
+        """The head grows, and the new adapter starts at `B = 0`."""
+        super().make_room(task)
+        self._settled, self._row_fit, self._views_seen = None, None, []
+        logit = self.recipe.newcomer_logit()
+        self.bank.add(task, rank_of(self.config, task), self.config.init_alpha, logit, generator(self.seed, "adapter", task))
+
+    @torch.no_grad()
     def begin_task(self, task: int) -> None:
-        """The head grows, the new adapter starts at `B = 0`, and with `gate_compensation` old magnitudes answer the new gate
-        so that no output changes."""
         super().begin_task(task)
-        config = self.config
-        first = task == 0
-        self._decision = None
-        before = None if first else self.gate(tau=config.gumbel_tau_final)
-        logit = 0.0 if first else self.gate.newcomer_logit(config.gumbel_tau_final)
-        if not self.gate.gated:
-            self.bank.reset_magnitudes(config.init_alpha)
-        self.bank.add(task, rank_of(config, task), config.init_alpha, logit, generator(self.seed, "adapter", task))
-        self.gate.set_temperature(config.gumbel_tau_init)
-        if self.gate.early:
-            self._decide_on_evidence()
-        elif self.gate.gated and config.gate_compensation and not first:
-            after = self.gate()
-            self.bank.rescale(torch.cat([before, after[-1:]]), after)
+        self.recipe.begin()
         self.bank.merge()
-
-    def _decide_on_evidence(self) -> None:
-        """Takes the growth decision before training: a task that needs no adapter of its own trains its head rows alone."""
-        new = Key.of(self._class_statistics())
-        shifts = self.keys.shifts(new)
-        self.gate.weigh([shifts[task] for task in self.bank.tasks[:-1]], self.config.gate_price)
-        self._decision, beta = self._conditional_growth_decision()
-        self._settle(self._decision, beta)
-        self.keys.learn(self.task, new, None if self.bank.current == self.task else min(shifts, key=shifts.get))
-        if self.bank.current is None:
-            self.head.clear()  # rows are fitted to a network that stays as it is: they start alike in every task
-
-    def _class_statistics(self) -> Tensor:
-        """Mean statistics `[c, p]` of the current task's classes as the frozen network sees its training images."""
-        classes = self.data.task_classes(self.task)
-        self.bank.unmerge()
-        sums = torch.zeros(len(classes), key_size(self.bank.width), dtype=torch.float64, device=self.device)
-        counts = torch.zeros(len(classes), dtype=torch.float64, device=self.device)
-        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
-            if len(labels) == 0:
-                continue
-            members = F.one_hot(labels - classes.start, len(classes)).to(sums)  # [b, c]: a product sums in a fixed order
-            sums += members.T @ token_statistics(self.backbone.early_tokens(images))
-            counts += members.sum(0)
-        distributed.add_up(sums, counts)
-        return sums / counts[:, None]
 
     # ---- train
 
     def groups(self) -> list[dict]:
-        config, bank, base = self.config, self.bank, learning_rate(self.config, self.task)
-        groups = [{"params": [bank.new_A, bank.new_B]}, {"params": self.head.trainable(), "lr": _or(config.head_lr, base)}]
-        if bank.alpha.requires_grad:
-            groups.append({"params": [bank.alpha], "lr": _or(config.alpha_lr, base), "weight_decay": 0.0})
-        if self.gate.learned:
-            groups.append({"params": [self.gate.logits], "lr": _or(config.gate_lr, base), "weight_decay": 0.0})
-        return groups
+        rate = learning_rate(self.config, self.task) if self.config.head_lr is None else self.config.head_lr
+        return [{"params": [self.bank.new_A, self.bank.new_B]}, {"params": self.head.trainable(), "lr": rate},
+                *self.recipe.groups()]
 
     def optimizer(self) -> torch.optim.Optimizer:
-        if self.bank.current is None:
-            return make_row_optimizer(self.config, self.head.trainable(), self.task)
-        return super().optimizer()
+        return self.recipe.optimizer() or super().optimizer()
 
-    def train(self, session: Session) -> None:
-        config = self.config
-        steps = epochs_of(config, self.task) * self.data.steps_per_epoch(self.task, config.batch_size)
-        self.schedule = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
-        self.schedule.reset(self._place.step)
-        if self.gate.learned and (warning := self.schedule.warning()):
-            LOGGER.warning(warning)
-        super().train(session)
+    def train(self) -> None:
+        if self._settled is None:  # else the checkpoint was written while head rows were fitted
+            super().train()
 
     def before_step(self, step: int) -> Tensor | None:
-        """One temperature, one draw of noise and one merge per optimizer step, shared by all blocks and projections."""
-        if self.bank.current is None:  # the network stays as begin_task merged it
-            return None
-        if not self.gate.learned:
-            self.bank.train_step()
-            return None
-        self.schedule.reset(step)
-        self.gate.set_temperature(self.schedule.get_temperature())
-        self._beta = self.bank.train_step(self._noise(step))
-        return self.config.lambda_sparsity * sparsity_loss(self._beta)
-
-    def _noise(self, step: int) -> Tensor | None:
-        """Keyed by (seed, task, step): the same in every process, and whatever else draws random numbers."""
-        if not self.gate.noisy or self.config.gate_noise == 0:
-            return None
-        stream = generator(self.seed, "gate", self.task, step)
-        return self.config.gate_noise * sample_gumbel((len(self.bank.tasks),), stream)
+        return self.recipe.step(step)
 
     def gate_weights(self) -> Tensor | None:
-        return self._beta
+        return self.recipe.weights()
 
     def start_evaluation(self) -> None:
         self.bank.merge()
 
-    def describe(self) -> dict[str, float]:
-        return {"tau": self.gate.tau.item()} if self.gate.learned else {}
+    def figures(self) -> dict[str, float]:
+        return self.recipe.figures()
 
     def advice(self) -> str:
-        gate = ", or raise gumbel_tau_final" if self.gate.learned else ""
-        return f"lower init_lr, lrate or alpha_lr{gate}"
+        return f"lower init_lr, lrate or alpha_lr{self.recipe.advice()}"
 
-    def _loss_parts(self, means: dict[str, float]) -> str:
-        if not self.gate.learned or self.task == 0:
-            return ""
-        return f" (clf={means['clf']:.3f}, sparse={means['sparse']:.3f})"
+    def loss_parts(self, means: dict[str, float]) -> str:
+        return self.recipe.loss_parts(means) if self.task > 0 else ""
 
     def _line_figures(self) -> list[str]:
         return super()._line_figures() if self.task > 0 else []
@@ -171,82 +157,63 @@ class SDLoRA(GradientLearner):
 
     @torch.no_grad()
     def end_task(self) -> TaskReport:
-        config, bank, task = self.config, self.bank, self.task
-        decision, evicted = self._decision, []
-        if decision is None:
-            decision, beta = self._conditional_growth_decision()
-            evicted = [t for t in bank.tasks if t not in decision.keep and t != task]
-            self._settle(decision, beta)
-        kept = task in decision.keep
-        if kept:
-            bank.commit()
-        if kept and self.gate.early:
-            self._refit_rows()
+        if self._settled is None:
+            decision = self.recipe.decide()
+            active = list(self.bank.tasks)
+            self.recipe.settle(decision)
+            self.drop(decision)
+            self._settled = decision, [task for task in active if task not in decision.keep]
+            self._optimizer = None
+        decision, dropped = self._settled
+        self._row_fit = self.recipe.row_fit(bool(dropped), decision, self._views_seen)
+        if self._row_fit is not None:
+            with torch.enable_grad():
+                self._row_fit.run(whole=True)
+        self._row_fit = None
         super().end_task()
-        for line in growth_lines(task, self.decision_beta.tolist(), rule=config.growth_rule, kept=kept, evicted=evicted,
-                                 active=len(bank.tasks), total=task + 1, limit=decision.limit, value=decision.value):
+        task, kept = self.task, self.task in decision.keep
+        evicted = [other for other in dropped if other != task]
+        for line in growth_lines(task, self.decision_beta.tolist(), kept=kept, evicted=evicted, criterion=decision.criterion,
+                                 reasons=decision.reasons, active=len(self.bank.tasks), total=task + 1):
             LOGGER.info(line)
+        numbers = {} if decision.value is None else {self.rule(self.config).name: decision.value}
         return TaskReport(kept=kept, beta=self.decision_beta[-1].item(), beta_values=self.decision_beta.tolist(),
                           beta_after=self.beta_after().tolist(), pruning_mask=self.pruning_mask().tolist(), evicted=evicted,
-                          active_adapters=len(bank.tasks),
-                          numbers={} if decision.value is None else {config.growth_rule: decision.value})
+                          active_adapters=len(self.bank.tasks), numbers=numbers)
 
-    def _refit_rows(self) -> None:
-        """Fits the new head rows anew, from 0, to the network that the trained adapter has left: rows that have grown with an
-        adapter outshout those of tasks that trained rows alone."""
-        self.head.clear()
-        with torch.enable_grad():
-            self.refit_head(epochs_of(self.config, self.task), scheduled=True)
-
-    def _conditional_growth_decision(self) -> tuple[Decision, Tensor]:
-        """What the growth rule decides, and the gate weights `[n]` at `tau_final` without noise that it read."""
-        self.gate.set_temperature(self.config.gumbel_tau_final)
-        beta = self.gate.decide()
+    def conditional_growth_decision(self, beta: Tensor) -> Decision:
+        """What the growth rule decides on gate weights `[n]` at `tau_final` without noise; in a run of several processes the
+        main one's word counts."""
         self.decision_beta = beta_record(beta, self.bank.tasks, self.task)
-        evidence = Evidence(beta, self.bank, self._held_out_losses, self.seed, self.data.nb_tasks)
-        return RULES[self.config.growth_rule](self.config, evidence), beta
+        decision = self._conditional_growth_decision(beta)
+        return distributed.on_main(lambda: decision)
 
-    def _settle(self, decision: Decision, beta: Tensor) -> None:
-        """Without the dropped adapters: gate weights renormalise, products `beta_i alpha_i` stay, new head rows are refit."""
-        dropped = set(self.bank.tasks) - set(decision.keep)
-        if not dropped:
-            return
-        before = beta[[i for i, t in enumerate(self.bank.tasks) if t in decision.keep]]
-        self.bank.keep_only(decision.keep)
-        self.pruned |= dropped
-        if self._decision is not None:  # taken before training: there is nothing to preserve yet
-            return
-        if self.gate.gated:
-            self.bank.rescale(before, self.gate())
-        if decision.refit:
-            with torch.enable_grad():
-                self.refit_head(self.config.refit_epochs)
+    def _conditional_growth_decision(self, beta: Tensor) -> Decision:
+        grounds = Grounds(beta, self.bank, self._held_out_losses, self.seed, self.data.nb_tasks)
+        return self.rule(self.config).decide(self.config, grounds)
+
+    def drop(self, decision: Decision) -> None:
+        """Notes which adapters have left for good."""
+        self.pruned |= {task for task in range(self.task + 1) if task not in decision.keep}
 
     def _held_out_losses(self) -> tuple[float, float]:
         """Cross-entropy on the held-out images with and without the current adapter, the new head rows fitted both times."""
-        bank, head = self.bank, self.head
+        bank, head, epochs = self.bank, self.head, self.config.refit_epochs
         saved, rows = bank.snapshot(), head.snapshot()
         losses = []
         for keep in (list(bank.tasks), bank.tasks[:-1]):
-            beta = self.gate()
-            bank.keep_only(keep)
-            if self.gate.gated:
-                bank.rescale(beta[:len(keep)], self.gate())
+            self.recipe.prune(keep)
             with torch.enable_grad():
-                self.refit_head(self.config.refit_epochs)
+                RowFit(self, epochs, epochs).run()
             losses.append(self._held_out_loss())
             bank.restore(saved)
             head.restore(rows)
         return losses[0], losses[1]
 
     def _held_out_loss(self) -> float:
-        classes = self.data.task_classes(self.task)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of images, read once
-        for batch, labels in self.data.eval_batches("val", classes, self.config.batch_size, distributed.part()):
-            if len(labels) == 0:
-                continue
-            logits = self.head.current_logits(self.embed(batch))
-            sums[0] += F.cross_entropy(logits, labels - classes.start, reduction="sum")
+        for images, labels in self.task_images("held-out loss", "val"):
+            sums[0] += F.cross_entropy(self.head.current_logits(self.embed(images)), labels, reduction="sum")
             sums[1] += len(labels)
         distributed.add_up(sums)
         total, images = sums.tolist()
@@ -263,33 +230,56 @@ class SDLoRA(GradientLearner):
         return torch.tensor([0 if task in self.pruned else 1 for task in range(self.data.nb_tasks)])
 
     def save(self, folder: Path) -> list[Path]:
-        return save_task(folder, self)
+        """Adapter, head and gate; in this order, so that the gate file's presence means that all it refers to is there."""
+        task, bank = self.task, self.bank
+        written = [save_adapter(folder, bank, task, self.backbone)] if task in bank.tasks else []
+        written += [save_head(folder, self.head, task), folder / f"beta_values_task_{task}.pt"]
+        logits = beta_record(self.gate.logits, bank.tasks, task)
+        logits[[t for t in range(task + 1) if t not in bank.tasks]] = float("-inf")
+        write_torch(written[-1], {
+            "beta_values": self.decision_beta.clone(),
+            "pruning_mask": self.pruning_mask(),
+            "beta_after": self.beta_after(),
+            "alphas": beta_record(bank.magnitudes(), bank.tasks, task),
+            "gate_logits": logits,
+            "gate_scale": self.gate.scale,
+            "task_id": task,
+            "threshold": self.config.growth_threshold,
+            "tau": self.recipe.tau,
+            "growth_rule": self.rule(self.config).name,
+            "kept": task in bank.tasks,
+        })
+        return written
+
+    @classmethod
+    def rebuild(cls, saved: SavedRun) -> SavedNetwork:
+        backbone = saved.backbone()
+        return SavedNetwork(backbone, saved.adapters(backbone), saved.head(backbone.width))
 
     def modules(self) -> list[nn.Module]:
         return [self.bank, self.head]
 
     def stored_tensors(self) -> list[Tensor]:
-        return [*super().stored_tensors(), *self.keys.tensors()]
+        return [*super().stored_tensors(), *self.recipe.stored_tensors()]
 
     def state(self) -> dict[str, Any]:
+        settled = None if self._settled is None else {"decision": vars(self._settled[0]), "dropped": self._settled[1]}
         return {**super().state(), "bank": self.bank.snapshot(), "pruned": sorted(self.pruned),
-                "decision_beta": self.decision_beta, "tau": self.gate.tau.item(), "keys": self.keys.state(),
-                "decision": None if self._decision is None else asdict(self._decision)}
+                "decision_beta": self.decision_beta, "recipe": self.recipe.state(), "settled": settled,
+                "views_seen": self._views_seen if self._row_fit is None else self._row_fit.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.pruned, self.decision_beta = set(state["pruned"]), state["decision_beta"]
         self.bank.restore(state["bank"])
-        self.keys.load(state["keys"], self.device)
-        self._decision = None if state["decision"] is None else Decision(**state["decision"])
-        self.gate.set_temperature(state["tau"])
+        self.recipe.load_state(state["recipe"])
+        settled = state["settled"]
+        self._settled = None if settled is None else (Decision(**settled["decision"]), settled["dropped"])
+        self._views_seen = state["views_seen"]
         self.bank.merge()
 
 
 def rank_of(config: Config, task: int) -> int:
     """LoRA rank of the adapter of `task`: the last entry of `rank_schedule` that has begun, or `rank`."""
-    return [rank for first, rank in config.rank_schedule if task >= first][-1] if config.rank_schedule else config.rank
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+    schedule = getattr(config, "rank_schedule", None)
+    return [rank for first, rank in schedule if task >= first][-1] if schedule else config.rank

@@ -1,6 +1,5 @@
-"""Learning a task by gradient descent: the loop that the methods with a trained head share."""
+"""Learning a task by gradient descent: the loop that the methods with a trained head share, and what it sums up."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,72 +9,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.heads import HEADS
-from models.base import BaseLearner, Session, TaskReport
-from models.meter import Meter
+from models import optimisation
+from models.base import BaseLearner, TaskReport
+from models.optimisation import epochs_of, make_optimizer, set_learning_rates
 from utils.config import Config
 from utils.errors import UserError
 from utils.rng import generator
 from utils.runs import distributed
 from utils.runs.progress import LOGGER
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+WATCHED = ("loss", "gradient", "gate")  # in the order in which the first one that is not finite is named
 
 
-def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim.Optimizer:
-    """The task's optimizer; groups may carry their own `lr`, kept as `initial_lr`, and `weight_decay` 0 where none applies."""
-    decay = config.init_weight_decay if task == 0 and config.init_weight_decay is not None else config.weight_decay
-    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    groups = [{**group, "initial_lr": group.get("lr", learning_rate(config, task))} for group in groups]
-    return OPTIMIZERS[config.optimizer](groups, lr=learning_rate(config, task), weight_decay=decay, fused=True, **options)
+class Meter:
+    """Running sums of an epoch on the device, read only when they are shown: reading waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, clf, sparse, correct
+        self.bad = torch.full((2,), -1, dtype=torch.long, device=device)  # first step that was not finite, and what in it
+        self.steps = self.images = 0
+
+    def add(self, clf: Tensor, sparse: Tensor, correct: Tensor, images: int) -> None:
+        """One optimizer step: mean losses, number of correct predictions, number of images."""
+        self.sums += torch.stack([(clf + sparse).double(), clf.double(), sparse.double(), correct.double()]).detach()
+        self.steps += 1
+        self.images += images
+
+    def watch(self, step: int, loss: Tensor, gradients: list[Tensor], gate: Tensor | None) -> Tensor:
+        """Notes the first step at which one of `WATCHED` is not finite; returns whether this one is, on the device."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        gate = norm.new_zeros(()) if gate is None else gate.detach().sum()
+        finite = torch.stack([value.detach().double() for value in (loss, norm, gate)]).isfinite()
+        first = torch.stack([torch.full_like(self.bad[0], step), (~finite).long().argmax()])
+        self.bad = torch.where((self.bad < 0) & ~finite.all(), first, self.bad)
+        return finite.all()
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """Step and name of the first number that was not finite, None if all were; waits for the device."""
+        step, what = self.bad.tolist()
+        return None if step < 0 else (step, WATCHED[what])
+
+    def state(self) -> dict[str, Any]:
+        """The sums, for a checkpoint."""
+        return {"sums": self.sums.clone(), "steps": self.steps, "images": self.images}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The sums as they were at `state`."""
+        self.sums.copy_(state["sums"])
+        self.steps, self.images = state["steps"], state["images"]
+
+    def read(self) -> dict[str, float]:
+        """Mean losses and the accuracy in percent since the meter was made."""
+        loss, clf, sparse, correct = self.sums.tolist()
+        steps = max(self.steps, 1)
+        return {"loss": loss / steps, "clf": clf / steps, "sparse": sparse / steps,
+                "accuracy": 100 * correct / max(self.images, 1)}
 
 
-def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> torch.optim.Optimizer:
-    """The optimizer for head rows alone, over a network that stays as it is: SGD at `refit_lr`, if that is given."""
-    if config.refit_lr is None:
-        return make_optimizer(config, [{"params": rows}], task)
-    group = {"params": rows, "initial_lr": config.refit_lr}
-    return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
-
-
-def learning_rate(config: Config, task: int) -> float:
-    """Initial learning rate of `task`."""
-    return config.init_lr if task == 0 else config.lrate
-
-
-def epochs_of(config: Config, task: int) -> int:
-    """Epochs that `task` is trained for."""
-    return config.init_epoch if task == 0 else config.epochs
-
-
-def schedule_factor(config: Config, task: int, epoch: int) -> float:
-    """Learning rate of `epoch` over the initial one; every parameter group follows the same factor.
-
-    Cosine (Loshchilov & Hutter, 2017) falls to `min_lr` over `tuned_epoch` epochs and stays there.
-    """
-    base = learning_rate(config, task)
-    if config.scheduler == "cosine":
-        period = config.tuned_epoch or epochs_of(config, task)
-        floor = config.min_lr / base
-        return floor + (1 - floor) * (1 + math.cos(math.pi * min(epoch / period, 1))) / 2
-    if config.scheduler == "steplr":
-        first = task == 0
-        milestones = config.init_milestones if first and config.init_milestones is not None else config.milestones
-        decay = config.init_lr_decay if first and config.init_lr_decay is not None else config.lrate_decay
-        return decay ** sum(epoch >= milestone for milestone in milestones)
-    return 1.0
-
-
-def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
-    """The gradients of `parameters`, and the `others`, become their sums over all processes."""
-    if distributed.part() == (0, 1):
-        return
-    for p in parameters:
-        if p.grad is None:  # a process without images in this batch
-            p.grad = torch.zeros_like(p)
-    distributed.add_up(*(p.grad for p in parameters), *others)
-
-
-class Place(NamedTuple):
+class Position(NamedTuple):
     """How far the current task has come: the next epoch, batch within it and optimizer step; the epoch's sums so far."""
 
     epoch: int
@@ -92,13 +83,22 @@ class GradientLearner(BaseLearner):
     loss, which belongs to the step and not to the images.
     """
 
-    inactive = frozenset()
+    class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys):
+        """Training by gradient steps"""
+
+    @classmethod
+    def contradictions(cls, config: Config) -> Iterator[str]:
+        yield from optimisation.contradictions(config)
+
+    @classmethod
+    def warnings(cls, config: Config) -> list[str]:
+        return optimisation.warnings(config)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.head = HEADS[self.config.head](self.backbone.width, self.config, self.seed).to(self.device)
         self._optimizer: torch.optim.Optimizer | None = None
-        self._place = Place(0, 0, 0, Meter(self.device))
+        self._position = Position(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
         self._skipped = 0
 
@@ -118,8 +118,8 @@ class GradientLearner(BaseLearner):
     def gate_weights(self) -> Tensor | None:
         """The gate weights of the current step, if the method has a gate."""
 
-    def describe(self) -> dict[str, float]:
-        """Figures of the method for the progress display."""
+    def figures(self) -> dict[str, float]:
+        """Figures of the method for the progress display and the log."""
         return {}
 
     def advice(self) -> str:
@@ -128,54 +128,157 @@ class GradientLearner(BaseLearner):
 
     # ---- the task
 
-    def begin_task(self, task: int) -> None:
+    def make_room(self, task: int) -> None:
         self.task = task
-        self._optimizer, self._resumed, self._place = None, None, Place(0, 0, 0, Meter(self.device))
-        self._skipped = 0
+        self._optimizer, self._resumed, self._skipped = None, None, 0
+        self._position = Position(0, 0, 0, Meter(self.device))
         self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
 
-    def train(self, session: Session) -> None:
-        config, task = self.config, self.task
-        self._optimizer = self.optimizer()
+    def train(self) -> None:
+        config, task, data = self.config, self.task, self.data
+        optimizer = self._optimizer = self.optimizer()
         if self._resumed is not None:
-            self._optimizer.load_state_dict(self._resumed)
-        start, meter, epochs = self._place, self._place.meter, epochs_of(config, task)
-        self._resumed = None
-        for epoch in range(start.epoch, epochs):
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * schedule_factor(config, task, epoch)
-            skipped = start.batch if epoch == start.epoch else 0
-            batches = self.data.train_batches(task, epoch, config.batch_size, skip=skipped, part=distributed.part())
-            for batch, (images, labels) in enumerate(batches, skipped):
-                total = self.data.images_in_batch(task, batch, config.batch_size)
-                self._step(self._place.step, images, labels, total, meter)
-                self._place = Place(epoch, batch + 1, self._place.step + 1, meter)
-                shown = self.progress.step(f"Task {task}, Epoch {epoch + 1}/{epochs}", self._figures)
-                if shown or self.device.type == "cpu":
-                    self._stop_if_not_finite()
-                session.after_step()
-            self._stop_if_not_finite()
-            wanted = config.eval_every and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs)
-            LOGGER.info(self._epoch_line(epoch, epochs, meter.read(), session.evaluate() if wanted else None))
-            meter = Meter(self.device)
-            self._place = Place(epoch + 1, 0, self._place.step, meter)
+            optimizer.load_state_dict(self._resumed)
+        for epoch in range(self._position.epoch, epochs_of(config, task)):
+            set_learning_rates(optimizer, config, task, epoch)
+            _, first, step, meter = self._position
+            batches = data.train_batches(task, epoch, config.batch_size, skip=first, part=distributed.part())
+            for batch, (images, labels) in enumerate(batches, first):
+                total = data.images_in_batch(task, batch, config.batch_size)
+                extra = self.before_step(step)
+                clf, sparse, correct = self.backward(images, labels, extra, total)
+                add_up_gradients(self._trained(), clf, correct)
+                finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
+                if config.nan_policy == "skip" and not finite:
+                    self._skip(meter)
+                else:
+                    meter.add(clf, sparse, correct, total)
+                    optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                self._position = Position(epoch, batch + 1, step, meter)
+                self._show(epoch)
+                self.session.after_step()
+            self._end_epoch(epoch)
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
+
+    def backward(self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions.
+
+        total: images of the whole batch, of which these are only this process's part. Gradients, cross-entropy and correct
+        predictions are what these images add; the extra term's gradient is added by the main process alone.
+        """
+        targets = labels - self.data.task_classes(self.task).start
+        parts = max(1, min(self.config.grad_accum, len(labels)))
+        clf, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.long, device=self.device)
+        extra = torch.zeros((), device=self.device) if extra is None else extra
+        pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True)) if len(labels) else []
+        for index, (x, y) in enumerate(pieces):
+            last = index + 1 == len(pieces)
+            share, hits = self._part(x, y, extra if last and distributed.is_main() else None, total, last)
+            clf += share
+            correct += hits
+        return clf, extra.detach(), correct
+
+    def _part(self, x: Tensor, y: Tensor, extra: Tensor | None, total: int, last: bool) -> tuple[Tensor, Tensor]:
+        """One part of a batch, forward and backward; a function of its own, so that nothing of it outlives it.
+
+        The parts share the gate's graph, so only the last may free its graph as it goes; the others' go with their logits.
+        """
+        logits = self.head.current_logits(self.embed(x))
+        share = F.cross_entropy(logits, y, reduction="sum") / total
+        (share if extra is None else share + extra).backward(retain_graph=not last)
+        return share.detach(), (logits.detach().argmax(1) == y).sum()
+
+    def end_task(self) -> TaskReport:
+        self._optimizer = None
+        self.head.commit()
+        self.start_evaluation()  # statistics are taken of the network as it is evaluated
+        sums = self.head.collect(self._task_features(), len(self.data.task_classes(self.task)))
+        distributed.add_up(*sums)
+        self.head.absorb(sums, self.task, self.work)
+        return TaskReport()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        return self.head(self.embed(images))
+
+    @torch.no_grad()
+    def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the task's training images under the test transform: features `[b, d]`, labels from 0."""
+        for images, labels in self.task_images("class statistics of the head"):
+            yield self.embed(images), labels
+
+    def task_images(self, title: str, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of the current task's images under the test transform, with labels from 0, batch by batch; a
+        signal stops it between two batches. `title`: what is done with them."""
+        classes, size = self.data.task_classes(self.task), self.config.batch_size
+        total = self.data.eval_batch_count(split, classes, size)
+        for number, (images, labels) in enumerate(self.data.eval_batches(split, classes, size, distributed.part())):
+            self.work(title, number, total)
+            if len(labels):
+                yield images, labels - classes.start
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        """`Session.work`, for the current task."""
+        self.session.work(f"Task {self.task}: {title}", done, total, whole)
+
+    # ---- state
+
+    def steps_done(self) -> int:
+        return self._position.step
+
+    def modules(self) -> list[nn.Module]:
+        return [self.head]
+
+    def state(self) -> dict[str, Any]:
+        self._stop_if_not_finite()  # a checkpoint of numbers that are not would make the loss permanent
+        epoch, batch, step, meter = self._position
+        return {"task": self.task, "head": self.head.snapshot(), "epoch": epoch, "batch": batch, "step": step,
+                "optimizer": None if self._optimizer is None else self._optimizer.state_dict(), "meter": meter.state(),
+                "skipped": self._skipped}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.task, self._skipped = state["task"], state["skipped"]
+        self.head.restore(state["head"])
+        self._resumed = state["optimizer"]
+        meter = Meter(self.device)
+        meter.load(state["meter"])
+        self._position = Position(state["epoch"], state["batch"], state["step"], meter)
 
     def _trained(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _step(self, step: int, images: Tensor, labels: Tensor, total: int, meter: Meter) -> None:
-        """One optimizer step on this process's part of a batch of `total` images."""
-        clf, sparse, correct = self._accumulate(images, labels, self.before_step(step), total)
-        add_up_gradients(self._trained(), clf, correct)
-        gradients = [p.grad for p in self._trained() if p.grad is not None]
-        finite = meter.watch(step, clf + sparse, gradients, self.gate_weights())
-        if self.config.nan_policy == "skip" and not finite:
-            self._skip(meter)
-        else:
-            meter.add(clf, sparse, correct, total)
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained() if p.grad is not None]
+
+    # ---- log and checks
+
+    def _show(self, epoch: int) -> None:
+        title = f"Task {self.task}, Epoch {epoch + 1}/{epochs_of(self.config, self.task)}"
+        if self.session.progress.step(title, self._shown_figures) or self.device.type == "cpu":
+            self._stop_if_not_finite()
+
+    def _end_epoch(self, epoch: int) -> None:
+        self._stop_if_not_finite()
+        every, epochs, means = self.config.eval_every, epochs_of(self.config, self.task), self._position.meter.read()
+        wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+        test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
+        parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
+                 f"Train_accy {means['accuracy']:.2f}", *test]
+        LOGGER.info(f"Task {self.task}, Epoch {epoch + 1}/{epochs} => {', '.join(parts)}")
+        self._position = Position(epoch + 1, 0, self._position.step, Meter(self.device))
+
+    def _shown_figures(self) -> dict[str, float]:
+        means = self._position.meter.read()
+        return {"loss": means["loss"], **self.figures(), "accuracy": means["accuracy"]}
+
+    def loss_parts(self, means: dict[str, float]) -> str:
+        """What the loss of an epoch's log line is made of."""
+        return ""
+
+    def _line_figures(self) -> list[str]:
+        return [f"{name}={value:.3f}" for name, value in self.figures().items()]
 
     def _skip(self, meter: Meter) -> None:
         """Leaves out an update that is not finite, as long as the task has had no more than `nan_limit` of them."""
@@ -187,117 +290,24 @@ class GradientLearner(BaseLearner):
                        f"({self._skipped} of at most {self.config.nan_limit}).")
         meter.bad.fill_(-1)
 
-    def _accumulate(
-        self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions.
-
-        total: images of the whole batch, if these are only this process's part of it. Gradients, cross-entropy and correct
-        predictions are then what these images add; the extra term's gradient is added by the main process alone.
-        """
-        total = len(labels) if total is None else total
-        targets = labels - self.data.task_classes(self.task).start
-        parts = max(1, min(self.config.grad_accum, len(labels)))
-        clf, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.long, device=self.device)
-        extra = torch.zeros((), device=self.device) if extra is None else extra
-        pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True)) if len(labels) else []
-        for index, (x, y) in enumerate(pieces):
-            logits = self.head.current_logits(self.embed(x))
-            share = F.cross_entropy(logits, y, reduction="sum") / total
-            last = index + 1 == len(pieces)  # the gates' graph is shared by the parts, so only the last may free it
-            (share + extra if last and distributed.is_main() else share).backward(retain_graph=not last)
-            clf += share.detach()
-            correct += (logits.detach().argmax(1) == y).sum()
-        return clf, extra.detach(), correct
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images))
-
-    def refit_head(self, epochs: int, scheduled: bool = False) -> None:
-        """Fits the current task's head rows to the network as it now is, everything else fixed; `scheduled`: with the learning
-        rate falling as in training."""
-        optimizer = make_row_optimizer(self.config, self.head.trainable(), self.task)
-        start = self.data.task_classes(self.task).start
-        self.start_evaluation()
-        for epoch in range(epochs):
-            first = epochs_of(self.config, self.task)
-            for group in optimizer.param_groups if scheduled else []:
-                group["lr"] = group["initial_lr"] * schedule_factor(self.config, self.task, epoch)
-            batches = self.data.train_batches(self.task, first + epoch, self.config.batch_size, part=distributed.part())
-            for batch, (images, labels) in enumerate(batches):
-                if len(labels):
-                    with torch.no_grad():
-                        features = self.embed(images)
-                    loss = F.cross_entropy(self.head.current_logits(features), labels - start, reduction="sum")
-                    (loss / self.data.images_in_batch(self.task, batch, self.config.batch_size)).backward()
-                add_up_gradients(self.head.trainable())
-                optimizer.step()
-                optimizer.zero_grad()
-
-    def steps_done(self) -> int:
-        return self._place.step
-
-    def end_task(self) -> TaskReport:
-        self._optimizer = None
-        self.head.commit()
-        self.start_evaluation()  # statistics are taken of the network as it is evaluated
-        sums = self.head.collect(self._task_features(), len(self.data.task_classes(self.task)))
-        distributed.add_up(*sums)
-        self.head.absorb(sums, self.task)
-        return TaskReport()
-
-    @torch.no_grad()
-    def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the task's training images under the test transform: features `[b, d]`, labels from 0."""
-        classes = self.data.task_classes(self.task)
-        for images, labels in self.data.eval_batches("train", classes, self.config.batch_size, distributed.part()):
-            if len(labels):
-                yield self.embed(images), labels - classes.start
-
-    def modules(self) -> list[nn.Module]:
-        return [self.head]
-
-    def state(self) -> dict[str, Any]:
-        self._stop_if_not_finite()  # a checkpoint of numbers that are not would make the loss permanent
-        optimizer = None if self._optimizer is None else self._optimizer.state_dict()
-        place = {"epoch": self._place.epoch, "batch": self._place.batch, "step": self._place.step}
-        return {"task": self.task, "head": self.head.snapshot(), **place, "optimizer": optimizer,
-                "meter": self._place.meter.state(), "skipped": self._skipped}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.task, self._skipped = state["task"], state["skipped"]
-        self.head.restore(state["head"])
-        self._resumed = state["optimizer"]
-        meter = Meter(self.device)
-        meter.load(state["meter"])
-        self._place = Place(state["epoch"], state["batch"], state["step"], meter)
-
-    # ---- log and checks
-
-    def _figures(self) -> dict[str, float]:
-        means = self._place.meter.read()
-        return {"loss": means["loss"], **self.describe(), "accuracy": means["accuracy"]}
-
-    def _epoch_line(self, epoch: int, epochs: int, means: dict[str, float], test: float | None) -> str:
-        parts = [f"Loss {means['loss']:.3f}{self._loss_parts(means)}", *self._line_figures(),
-                 f"Train_accy {means['accuracy']:.2f}", *([] if test is None else [f"Test_accy {test:.2f}"])]
-        return f"Task {self.task}, Epoch {epoch + 1}/{epochs} => {', '.join(parts)}"
-
-    def _loss_parts(self, means: dict[str, float]) -> str:
-        return ""
-
-    def _line_figures(self) -> list[str]:
-        return [f"{name}={value:.3f}" for name, value in self.describe().items()]
-
     def _stop_if_not_finite(self) -> None:
-        bad = self._place.meter.first_bad()
+        bad = self._position.meter.first_bad()
         if bad is None:
             return
         step, what = bad
         epoch = step // self.data.steps_per_epoch(self.task, self.config.batch_size) + 1
-        figures = "".join(f", {name} {value:.3f}" for name, value in self.describe().items())
+        figures = "".join(f", {name} {value:.3f}" for name, value in self.figures().items())
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({g["lr"] for g in self._optimizer.param_groups}, reverse=True))
         raise UserError(f"The {what} is no longer finite at task {self.task}, epoch {epoch}, step {step}{figures}, learning "
                         f"rates {rates}; the likely cause is a learning rate that is too high: {self.advice()}, then run "
                         "again with --overwrite (what is finished stays readable).")
+
+
+def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
+    """The gradients of `parameters`, and the `others`, become their sums over all processes."""
+    if distributed.part() == (0, 1):
+        return
+    for p in parameters:
+        if p.grad is None:  # a process without images in this batch
+            p.grad = torch.zeros_like(p)
+    distributed.add_up(*(p.grad for p in parameters), *others)

@@ -7,9 +7,9 @@ import torch
 
 from backbone.embedded import EMBEDDED
 from models import LEARNERS, BaseLearner
-from trainer import build
+from models.base import Session
+from trainer import Quiet, build
 from utils.config import Config, config_from_dict
-from utils.runs.progress import Progress
 
 SMALL = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "backbone_type": EMBEDDED, "init_epoch": 1,
          "epochs": 1, "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "device": "cpu"}
@@ -20,28 +20,18 @@ def small_config(folder: Path | str = "./unused/", **changes: Any) -> Config:
     return config_from_dict({**SMALL, "filepath": str(folder), **changes})
 
 
-def learner_of(config: Config) -> BaseLearner:
-    """The config's learner on its data, before the first task."""
+def learner_of(config: Config, session: Session | None = None) -> BaseLearner:
+    """The config's learner on its data, before the first task; without a `session` nobody evaluates or interrupts it."""
     backbone, data = build(config, config.seed[0], torch.device("cpu"))
     kind = LEARNERS[config.model_name]
-    return kind(config, kind.stream(data), backbone, config.seed[0], Progress(1, terminal=False))
-
-
-class Alone:
-    """The session of a learner that nobody evaluates or interrupts."""
-
-    def evaluate(self) -> float:
-        return 0.0
-
-    def after_step(self) -> None:
-        pass
+    return kind(config, kind.stream(data), backbone, config.seed[0], session or Quiet())
 
 
 def learn(learner: BaseLearner, tasks: range, end_last: bool = True) -> None:
     """Takes the learner through `tasks`; without `end_last` the last one stays undecided."""
     for task in tasks:
         learner.begin_task(task)
-        learner.train(Alone())
+        learner.train()
         if end_last or task + 1 < tasks.stop:
             learner.end_task()
 

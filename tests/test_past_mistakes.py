@@ -9,7 +9,7 @@ import random
 import numpy as np
 import torch
 
-from tests.learners import Alone, learn, learner_of, small_config, test_images
+from tests.learners import learn, learner_of, small_config, test_images
 
 
 def test_5_evaluation_sees_neither_a_pruned_adapter_nor_the_training_gate() -> None:
@@ -47,7 +47,7 @@ def test_6_masks_and_magnitudes_survive_the_next_task() -> None:
     learner.begin_task(2)
     beta = learner.gate()[0]
     assert torch.allclose(beta * learner.bank.magnitudes()[0], magnitude), "the newcomer changed nothing"
-    learner.train(Alone())
+    learner.train()
     report = learner.end_task()
     assert report.pruning_mask[:2] == [1, 0] and report.beta_values[1] == 0 and report.beta_after[1] == 0
 

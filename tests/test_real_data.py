@@ -1,9 +1,6 @@
 """Whole runs on the formats of the real data sets, tiny ones, with timm ViTs that are not pretrained."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,6 @@ from tests.utils.config.test_config import OFFICIAL_FILES
 # The smallest ViT that timm has, for 160 pixels; `FAST` leaves a step or two per task.
 FAST = {"backbone_type": "test_vit", "pretrained": False, "device": "cpu", "init_epoch": 1, "epochs": 1, "batch_size": 16,
         "init_lr": 0.01, "lrate": 0.01, "rank": 2, "eval_every": 0}
-OFFLINE = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
 
 
 def write_config(folder: Path, **values) -> Path:
@@ -115,6 +111,7 @@ def test_simplecil_on_cifar_finds_the_colors(tmp_path: Path) -> None:
 # Class folders and lists
 
 
+@pytest.mark.slow
 def test_class_folders_give_the_same_bits_lazily_and_in_memory_with_any_workers(tmp_path: Path) -> None:
     """Also a first task of its own size and a smaller last one."""
     write_class_folders(tmp_path / "data" / "imagenet-r", [f"n{number}" for number in range(9)], suffix=".jpg")
@@ -142,12 +139,6 @@ def test_domainnet_lists(tmp_path: Path) -> None:
     assert record["tasks"][1]["counts"]["images"] == [12, 12]
 
 
-def test_a_single_task_is_joint_training(tmp_path: Path) -> None:
-    write_class_folders(tmp_path / "data", [f"kind {number}" for number in range(5)])
-    record = run(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=5)
-    assert record["metrics"]["forgetting"] == 0 and record["tasks"][0]["seen_classes"] == 5
-
-
 def test_more_than_a_hundred_classes_keep_their_tasks_in_integer_order(tmp_path: Path) -> None:
     """METHOD.md, section 8, mistake 7: group names sorted as text put "100-119" before "20-39"."""
     for label in range(120):
@@ -155,15 +146,15 @@ def test_more_than_a_hundred_classes_keep_their_tasks_in_integer_order(tmp_path:
             path = tmp_path / "data" / split / f"class_{label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(class_pixels(label, number, 8, 8)).save(path)
-    record = run(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=10, shuffle=False,
+    record = run(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=20, shuffle=False,
                  backbone_type="vit_glyph_tiny_patch8_32", pretrained=True, growth_threshold=0.0)
-    assert len(record["tasks"]) == 12 and record["class_order"] == list(range(120))
+    assert len(record["tasks"]) == 6 and record["class_order"] == list(range(120))
     matrix = record["metrics"]["accuracy_matrix"]
     for task, entry in enumerate(record["tasks"]):
-        assert entry["counts"]["images"] == [20] * (task + 1)
-        assert matrix[task][: task + 1] == [5 * right for right in entry["counts"]["top1"]]
-    assert torch.load(tmp_path / "run" / "beta_values_task_11.pt")["pruning_mask"].shape == (12,)
-    network = load_network(tmp_path / "run", 11)
+        assert entry["counts"]["images"] == [40] * (task + 1)
+        assert matrix[task][: task + 1] == [2.5 * right for right in entry["counts"]["top1"]]
+    assert torch.load(tmp_path / "run" / "beta_values_task_5.pt")["pruning_mask"].shape == (6,)
+    network = load_network(tmp_path / "run", 5)
     names = json.loads((tmp_path / "run" / "split.json").read_text())["class_names"]
     assert names[10] == "class_107" and network.head.weight.shape == (120, 128)  # natural order is that of the names as text
 
@@ -179,66 +170,33 @@ def refused(capsys, path: Path, *arguments: str) -> str:
     return text
 
 
-def refused_process(folder: Path, **values) -> str:
-    """As `refused`, in a process of its own without a network, which must leave nothing behind in `folder`."""
-    path = write_config(folder, **values)
-    done = subprocess.run([sys.executable, str(ROOT / "main.py"), "--config", str(path)], env=OFFLINE, cwd=folder,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == "", done
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: data_path: ")
-    assert {file.name for file in folder.iterdir()} <= {"config.json", "data"}
-    return done.stderr
-
-
-def test_a_truncated_archive(tmp_path: Path) -> None:
-    archive = pack_cifar(write_cifar100(tmp_path / "data", classes=5), CIFAR100)
-    archive.write_bytes(archive.read_bytes()[:2000])
-    message = refused_process(tmp_path, dataset="cifar224", data_path=str(tmp_path / "data"), init_cls=5)
-    assert f"'{archive}' cannot be extracted" in message
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [archive.name]
-
-
-def test_missing_cifar_without_a_network(tmp_path: Path) -> None:
-    message = refused_process(tmp_path, dataset="cifar224", data_path=str(tmp_path / "data"), init_cls=5)
-    assert all(word in message for word in (str(tmp_path / "data"), CIFAR100.filename, "download failed", CIFAR100.url))
-
-
-@pytest.mark.parametrize("dataset, words", [
-    ("imagenetr", ["data/imagenet-r/train", "LAMDA-PILOT"]),
-    ("folder", ["train/<class>/"]),
-    ("domainnet", ["<domain>_train.txt"]),
-])
-def test_missing_folders(dataset: str, words: list[str], tmp_path: Path, capsys) -> None:
-    path = write_config(tmp_path, dataset=dataset, data_path=str(tmp_path / "data"), init_cls=5)
-    message = refused(capsys, path)
-    assert all(word in message for word in (str(tmp_path / "data"), *words)), message
+def test_missing_data_leave_nothing_behind(tmp_path: Path, capsys) -> None:
+    path = write_config(tmp_path, dataset="imagenetr", data_path=str(tmp_path / "data"), init_cls=5)
+    assert f"'{tmp_path / 'data/imagenet-r/train'}'" in refused(capsys, path)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_refused_config_can_be_mended_in_place(tmp_path: Path, capsys) -> None:
-    """What stops a run before its first step must not make the folder that of a config which never ran."""
+def test_a_refused_config_leaves_the_folder_as_it_was(tmp_path: Path, capsys) -> None:
+    """What stops a run before its first step must not make the folder that of a config which never ran: it can be mended in
+    place. Nor may it move an old run away. The run in between has a single task, which is joint training."""
     write_class_folders(tmp_path / "data", classes=["a", "b", "c", "d"])
-    path = write_config(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=2)
+    path = write_config(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=4)
     for wrong, word in (("data_path=/nowhere", "/nowhere"), ("rank=65", "64"), ("init_cls=5", "init_cls"),
                         ("backbone_type=resnet10t", "resnet10t"), ("backbone_type=test_vitt", "test_vit")):
         assert word in refused(capsys, path, "--set", wrong)
         assert not (tmp_path / "run").exists(), wrong
     assert main(["--config", str(path)]) == 0
-
-
-def test_overwrite_with_missing_data_leaves_the_old_run_where_it_was(tmp_path: Path, capsys) -> None:
-    write_class_folders(tmp_path / "data", classes=["a", "b"])
-    path = write_config(tmp_path, dataset="folder", data_path=str(tmp_path / "data"), init_cls=2)
-    assert main(["--config", str(path)]) == 0
+    record = finished(tmp_path / "run")
+    assert record["metrics"]["forgetting"] == 0 and record["tasks"][0]["seen_classes"] == 4
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    refused(capsys, path, "--overwrite", "--set", "data_path=/nowhere")
+    assert "/nowhere" in refused(capsys, path, "--overwrite", "--set", "data_path=/nowhere")
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
 
 
-def test_an_undecodable_image_names_its_file(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_undecodable_image_names_its_file(tmp_path: Path, capsys, num_workers: int) -> None:
     root = write_class_folders(tmp_path / "data", classes=["a", "b"])
     (root / "train" / "b" / "1.png").write_bytes(b"not an image")
-    path = write_config(tmp_path, dataset="folder", data_path=str(root), init_cls=2)
-    for workers in (0, 2):
-        message = refused(capsys, path, "--set", f"num_workers={workers}", "--set", "data_placement=lazy", "--overwrite")
-        assert str(root / "train" / "b" / "1.png") in message
+    path = write_config(tmp_path, dataset="folder", data_path=str(root), init_cls=2, num_workers=num_workers,
+                        data_placement="lazy")
+    assert str(root / "train" / "b" / "1.png") in refused(capsys, path)

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from utils.data import Dataset, Split
 from utils.data.domains import apply_domain, check_domains
-from utils.data.loader import View
-from utils.data.reader import decoded_bytes, free_memory, undecodable
+from utils.data.readers import View, decoded_bytes, free_memory, undecodable
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
 from utils.errors import UserError, unknown
 from utils.rng import generator
@@ -167,12 +166,18 @@ class DataManager:
         `part` (k, n): of every batch only the k-th of n parts in a row, which are as equal as can be. Only this
         part is read; in an epoch's last batch it may be empty.
         """
-        index, labels = self._gather("train", self.task_classes(task))
-        by_image = np.argsort(index)
-        drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
-        order, sizes = _part_of(by_image[drawn][skip * batch_size:], batch_size, part)
+        index, labels = self._shuffled(task, epoch)
+        order, sizes = _part_of(np.arange(skip * batch_size, len(index)), batch_size, part)
         images = self._sources["train"].train(index[order], View(self.seed, task, epoch), max(sizes, default=1))
         yield from self._with_labels(images, labels[order], sizes)
+
+    def train_labels(self, task: int, epoch: int) -> Tensor:
+        """Stream labels int64 `[n]` of `task`'s training images, on the device, in the order of that epoch's batches."""
+        return torch.from_numpy(self._shuffled(task, epoch)[1]).to(self.device)
+
+    def eval_batch_count(self, split: SplitName, classes: range, batch_size: int) -> int:
+        """How many batches `eval_batches` gives."""
+        return -(-sum(len(self._members[split][label]) for label in classes) // batch_size)
 
     def eval_batches(
         self, split: SplitName, classes: range, batch_size: int, part: tuple[int, int] = (0, 1)
@@ -183,6 +188,13 @@ class DataManager:
         order, sizes = _part_of(np.arange(len(index)), batch_size, part)
         source = self._sources["test" if split == "test" else "train"]
         yield from self._with_labels(source.evaluate(index[order], max(sizes, default=1)), labels[order], sizes)
+
+    def _shuffled(self, task: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices and stream labels of `task`'s training images in the order of an epoch."""
+        index, labels = self._gather("train", self.task_classes(task))
+        by_image = np.argsort(index)
+        drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
+        return index[by_image[drawn]], labels[by_image[drawn]]
 
     def _gather(self, split: SplitName, classes: range) -> tuple[np.ndarray, np.ndarray]:
         """Indices into the data set's split, class by class, and their stream labels."""
@@ -217,12 +229,9 @@ class DataManager:
         images, augmentation = split.images, self.dataset.augmentation
         if isinstance(images, Tensor):
             return TensorSource(images, augmentation, self.image_size, self.device, home or torch.device("cpu"))
-        same = (images, members, augmentation, self.image_size, self.device)
-        if not keep_decoded:
-            return EvaluationFileSource(*same, self.num_workers, home)
-        if home == self.device:
-            return DecodedSource(*same, threads=max(1, self.num_workers))
-        return FileSource(*same, self.num_workers, in_memory=home is not None)
+        kept = DecodedSource if home == self.device else FileSource
+        kind = kept if keep_decoded else EvaluationFileSource
+        return kind(images, members, augmentation, self.image_size, self.device, self.num_workers, home)
 
     def _home(self, needed: int) -> torch.device | None:
         """Where `needed` bytes of images are kept; None if nowhere."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.heads.linear import Features, GrowingHead
-from utils.config import Config
+from backbone.heads.linear import Features, GrowingHead, Pause
+from utils.config import Config, KeyGroup, key
 from utils.rng import generator
 
 LOGIT_NORM = 0.1  # SLCA's: logits are trained at a norm of 1 / 0.1, so that no task's can outgrow the others'
@@ -18,11 +18,20 @@ JITTER = 1e-4  # SLCA's, here relative to the mean variance
 
 
 class AlignedHead(GrowingHead):
-    """A linear head whose every row is trained against every other, though the tasks' images are gone.
+    """Linear, trained again after each task on samples from stored class means and covariances, as SLCA.
+
+    Every row is trained against every other, though the tasks' images are gone.
 
     Statistics, per class: means `[classes, d]` and covariances `[classes, P]` (divisor `n - 1`, lower triangle row by row),
     float32. sizes: classes of each task.
     """
+
+    class Keys(KeyGroup):
+        """Aligned head"""
+
+        align_epochs: int = key(5, "Epochs in which the whole head is trained after each task.", ge=1)
+        align_samples: int = key(256, "Features drawn per class and epoch.", ge=1)
+        align_lr: float = key(0.01, "Learning rate at the start; it falls along a cosine.", gt=0)
 
     kind = "aligned"
     STATISTICS = ("means", "covariances", "sizes")
@@ -48,7 +57,7 @@ class AlignedHead(GrowingHead):
         return [counts, sums, products]
 
     @torch.no_grad()
-    def absorb(self, sums: list[Tensor], task: int) -> None:
+    def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
         counts, totals, products = sums
         means = totals / counts[:, None]
         scatter = products - counts[:, None, None] * means[:, :, None] * means[:, None, :]
@@ -58,7 +67,7 @@ class AlignedHead(GrowingHead):
         self.covariances = torch.cat([self.covariances, covariances[:, rows, columns].to(self.covariances)])
         self.sizes = torch.cat([self.sizes, self.sizes.new_tensor([len(counts)])])
         with torch.enable_grad():
-            self._align(task)
+            self._align(task, pause)
 
     def covariance(self, label: int) -> Tensor:
         """Covariance `[d, d]` of the features of class `label`, float64."""
@@ -75,7 +84,7 @@ class AlignedHead(GrowingHead):
             parts.append(mean.to(self.weight) + noise @ lower.T.to(self.weight))
         return torch.cat(parts), torch.arange(len(factors), device=self.weight.device).repeat_interleave(samples)
 
-    def _align(self, task: int) -> None:
+    def _align(self, task: int, pause: Pause) -> None:
         """Trains all rows from where they are, in batches of as many images as a class has samples, by SGD along a cosine.
 
         Every draw is keyed by (seed, task), so each process of a run arrives at the same rows.
@@ -85,10 +94,12 @@ class AlignedHead(GrowingHead):
         optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
         factors = [factor(self.covariance(label)) for label in range(len(self.means))]
-        for _ in range(config.align_epochs):
+        for epoch in range(config.align_epochs):
             features, labels = self.draw(factors, config.align_samples, stream)
             order = torch.randperm(len(labels), generator=stream).to(labels.device)
-            for batch in order.split(config.align_samples):
+            batches = order.split(config.align_samples)
+            for number, batch in enumerate(batches, epoch * len(batches)):
+                pause("aligning the head", number, config.align_epochs * len(batches))
                 logits = level(F.linear(features[batch], weight, bias), self.sizes.tolist())
                 F.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()

@@ -5,16 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.heads.linear import GrowingHead
-from utils.config import Config
+from utils.config import Config, KeyGroup, key
 
 
 class CosineHead(GrowingHead):
-    """Logits `s cos(f, w)`: neither the length of a class vector nor a bias can favour the classes of one task.
+    """Angles only.
+
+    Logits `s cos(f, w)`: neither the length of a class vector nor a bias can favour the classes of one task.
 
     scale: s, one scalar for all classes, begins at `cosine_scale`, is trained with task 0 and then fixed: every later task
     meets the same temperature, and no old logit moves by it. weight: `s w / ||w||`, so that a product with unit features
     gives the logits; bias: zeros, there because the file of a head has one.
     """
+
+    class Keys(KeyGroup):
+        """Cosine head"""
+
+        cosine_scale: float = key(
+            8.0, "Factor on the cosines at the start; trained with the first task, then fixed.", gt=0)
 
     kind = "cosine"
     _ROWS = (*GrowingHead._ROWS, "scale")

@@ -4,20 +4,21 @@ Shapes: d width of the features, b batch, c classes of the current task, classes
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.config import Config
+from utils.config import Component, Config
 
+Pause = Callable[[str, int, int], None]  # called between parts of longer work: what it is, parts done, parts in all
 Features = Iterable[tuple[Tensor, Tensor]]  # batches of features [b, d] and labels int64 [b], 0 for the task's first class
 
 
-class GrowingHead(nn.Module):
-    """Rows of earlier tasks are fixed, rows of the current task are trained.
+class GrowingHead(Component, nn.Module):
+    """As SD-LoRA's: linear, rows of earlier tasks are fixed, rows of the current task are trained.
 
     weight `[classes, d]`, bias `[classes]`: rows of all finished tasks, in the order of the stream. new_weight, new_bias:
     the current task's rows, None between tasks.
@@ -43,11 +44,12 @@ class GrowingHead(nn.Module):
     # ---- life of a task
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
-        """New trainable rows for `classes` classes, initialised as nn.Linear's (uniform, `1 / sqrt(d)`)."""
-        bound = 1 / math.sqrt(self.width)
-        rows = (torch.rand(classes, self.width + 1, generator=generator) * 2 - 1) * bound
-        self.new_weight = nn.Parameter(rows[:, :-1].contiguous().to(self.weight))
-        self.new_bias = nn.Parameter(rows[:, -1].contiguous().to(self.bias))
+        """New trainable rows for `classes` classes: weights from U(-sqrt(3 / d), sqrt(3 / d)), a variance of 1 / d, and biases
+        of 0, as SD-LoRA's official code starts them (METHOD.md, section 4)."""
+        bound = math.sqrt(3 / self.width)
+        rows = (torch.rand(classes, self.width, generator=generator) * 2 - 1) * bound
+        self.new_weight = nn.Parameter(rows.to(self.weight))
+        self.new_bias = nn.Parameter(torch.zeros(classes).to(self.bias))
 
     @torch.no_grad()
     def clear(self) -> None:
@@ -70,8 +72,10 @@ class GrowingHead(nn.Module):
         """Sums over the images of the task, of `classes` classes; those of several processes may be added up."""
         return []
 
-    def absorb(self, sums: list[Tensor], task: int) -> None:
-        """Takes the sums that `collect` returned into the statistics, and makes the head that predicts from them."""
+    def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
+        """Takes the sums that `collect` returned into the statistics, and makes the head that predicts from them.
+
+        What `pause` raises leaves a head that is to be restored."""
 
     # ---- logits
 

@@ -4,13 +4,15 @@ Shapes: d width, M = `ridge_dim` random features, c classes of a task, classes: 
 """
 
 import math
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from backbone.heads.linear import Features, GrowingHead
-from utils.config import Config
+from backbone.heads.linear import Features, GrowingHead, Pause
+from utils.config import Config, KeyGroup, key
 from utils.errors import UserError
 from utils.rng import generator
 from utils.runs.progress import LOGGER
@@ -20,7 +22,9 @@ CANDIDATES = [10.0**-exponent for exponent in range(6)]  # of equally good ones 
 
 
 class RidgeHead(GrowingHead):
-    """Predicts with `argmin_W sum ||W h - y||^2 + lambda ||W||^2`, `h = relu(f P)`, `y` one-hot, over the images of all tasks.
+    """Closed-form ridge on a random projection, as RanPAC.
+
+    Predicts with `argmin_W sum ||W h - y||^2 + lambda ||W||^2`, `h = relu(f P)`, `y` one-hot, over the images of all tasks.
 
     projection: P `[d, M]`, Gaussian, fixed by the seed. Statistics: gram `sum h h^T` `[M, M]` and cross `sum h y^T`
     `[M, classes]`, float64, since a small lambda drowns in the rounding of float32; readout: W `[classes, M]`.
@@ -28,6 +32,17 @@ class RidgeHead(GrowingHead):
     The adapters are trained against the linear rows, which also answer for all classes while a task is being learned: the
     closed form has nothing to say of its classes yet.
     """
+
+    class Keys(KeyGroup):
+        """Ridge head"""
+
+        ridge_dim: int | None = key(
+            None, "Random features; memory grows with its square.", unset="8 times the width of the backbone", ge=1)
+        ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
+            "auto",
+            'Penalty relative to the mean square of a random feature; `"auto"` takes the one with the smallest error on every '
+            "fifth image of the task, fitted on the others.",
+            allowed='a number above 0, or "auto"')
 
     kind = "ridge"
     STATISTICS = ("projection", "gram", "cross", "readout")
@@ -61,11 +76,14 @@ class RidgeHead(GrowingHead):
         return sums
 
     @torch.no_grad()
-    def absorb(self, sums: list[Tensor], task: int) -> None:
+    def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
         fit_gram, fit_cross, held_gram, held_cross = sums
         penalty = self.config.ridge_lambda
         if penalty == "auto":
-            errors = [held_out_error(solve(fit_gram, fit_cross, each), held_gram, held_cross) for each in CANDIDATES]
+            errors = []
+            for number, each in enumerate(CANDIDATES):
+                pause("ridge_lambda", number, len(CANDIDATES))
+                errors.append(held_out_error(solve(fit_gram, fit_cross, each), held_gram, held_cross))
             penalty = CANDIDATES[torch.stack(errors).argmin().item()]
             LOGGER.info(f"Task {task}: ridge_lambda {penalty:g}")
         self.gram = self.gram + fit_gram + held_gram

@@ -20,7 +20,7 @@ from backbone.heads.ridge import CANDIDATES, HELD_OUT, RidgeHead
 from models import load_network
 from models.base import BaseLearner
 from tests.helpers import ROOT
-from tests.learners import Alone, learn, learner_of, small_config, test_images
+from tests.learners import learn, learner_of, small_config, test_images
 from utils.errors import UserError
 
 QUICK = {"ridge_dim": 48, "align_epochs": 1, "align_samples": 16}
@@ -72,7 +72,7 @@ def test_the_scale_is_trained_with_the_first_task_and_moves_no_old_logit() -> No
     learner = learner_of(config_of("cosine"))
     learner.begin_task(0)
     assert any(parameter is learner.head.scale for group in learner.groups() for parameter in group["params"])
-    learner.train(Alone())
+    learner.train()
     learner.end_task()
     scale, rows = learner.head.scale.item(), learner.head.weight.clone()
     assert scale != learner.config.cosine_scale and rows.norm(dim=1).tolist() == pytest.approx([abs(scale)] * 2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.embedded import EMBEDDED
-from tests.learners import Alone, learner_of, small_config, test_images
+from tests.learners import learner_of, small_config, test_images
 from utils.rng import generator
 
 
@@ -60,7 +60,7 @@ def test_three_tasks_of_training_give_the_same_logits() -> None:
         A = learner.bank.new_A.detach()
         head = (learner.head.new_weight.detach(), learner.head.new_bias.detach())
         plain.learn(A, head, learner.data.train_batches(task, 0, config.batch_size), 2 * task, 0.02)
-        learner.train(Alone())
+        learner.train()
         assert not torch.allclose(plain.vit(images), frozen, atol=1e-4), "the adapters must matter"
         trained = learner.bank.new_B.detach().clone()
         assert torch.allclose(trained, plain.adapters[-1][1], atol=2e-5)

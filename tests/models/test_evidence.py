@@ -22,7 +22,7 @@ import trainer
 from backbone.gates import EvidenceGate
 from models import load_network
 from models.base import BaseLearner
-from tests.learners import Alone, in_float64, learn, learner_of, small_config, test_images
+from tests.learners import in_float64, learn, learner_of, small_config, test_images
 from utils.config import config_warnings
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, count_predictions, kept_set
@@ -136,7 +136,7 @@ def decisions(learner: BaseLearner) -> tuple[list[bool], list[Tensor]]:
         learner.begin_task(task)
         kept.append(learner.bank.current == task)
         weights.append(learner.decision_beta.clone())
-        learner.train(Alone())
+        learner.train()
         learner.end_task()
     return kept, weights
 
@@ -222,7 +222,7 @@ def test_i5_a_task_without_adapter_trains_its_rows_and_nothing_else(before: Call
     assert all(p.grad.any() for p in learner.head.trainable())
     for p in learner.head.trainable():
         p.grad = None
-    learner.train(Alone())
+    learner.train()
     report = learner.end_task()
     assert not report.kept and report.active_adapters == 2 and report.pruning_mask == [1, 1, 0]
     assert learner.head.weight[7:].any()
@@ -238,7 +238,7 @@ def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Call
     learner.begin_task(1)
     weights = learner.gate.logits.clone()
     assert learner.trainable_parameters() == 6 * 2 * 2 * 4 * 128 + 3 * 129
-    learner.train(Alone())
+    learner.train()
     assert torch.equal(learner.bank.alpha[:1], alpha) and torch.equal(learner.gate.logits, weights)
 
 
@@ -285,7 +285,7 @@ def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> N
             learner.train(Stopping(3))
         learner = resumed(learner)
         assert learner.steps_done() == 3 and (learner.bank.current == task) is KEPT[task]
-        learner.train(Alone())
+        learner.train()
         learner = resumed(learner)
         learner.end_task()
         learner = resumed(learner)

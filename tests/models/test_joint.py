@@ -83,7 +83,7 @@ def test_it_is_sd_lora_on_a_single_task() -> None:
     whole = learner_of(small_config(gate="none", gate_lr=None, init_cls=4, nb_tasks=1, init_epoch=2, init_alpha=1.0))
     for one in (joint, whole):
         one.begin_task(0)
-        one.train(Alone())
+        one.train()
         one.end_task()
     assert joint.head.weight.shape == (4, 128) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
     assert joint.steps_done() == 2 * joint.data.steps_per_epoch(0, 32) and joint.bank.tasks == [0]

@@ -1,16 +1,13 @@
-"""Rules of a config: types beyond numbers and choices, defaults that follow from other keys,
-contradictions.
-"""
+"""Types of config keys beyond numbers and choices, and values in words."""
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 MAX_SEED = 2**32 - 1  # numpy.random.RandomState, which draws the class order, takes no larger seed
 
@@ -124,95 +121,7 @@ NoMemory = Annotated[int, AfterValidator(_falsy), WithJsonSchema({"enum": [0]})]
 NoFixedMemory = Annotated[bool, AfterValidator(_falsy), WithJsonSchema({"enum": [False]})]
 
 
-# Defaults that follow from keys that always hold a value.
-DERIVED = {
-    "increment": lambda config: config.init_cls,
-    "rank": lambda config: config.rank_schedule[0][1] if config.rank_schedule else 10,
-    "alpha_scope": lambda config: "task" if config.gate == "none" else "layer",
-    "init_alpha": lambda config: 0.8 if config.gate == "none" else 1.0,
-    "init_weight_decay": lambda config: config.weight_decay,
-    "init_milestones": lambda config: list(config.milestones),
-    "init_lr_decay": lambda config: config.lrate_decay,
-    "growth_rule": lambda config: "none" if config.gate == "none" else "threshold",
-}
-
-_GATE_KEYS = (
-    "gate_compensation",
-    "gate_noise",
-    "gate_lr",
-    "gumbel_tau_init",
-    "gumbel_tau_final",
-    "gumbel_anneal_rate",
-    "lambda_sparsity",
-)
-
-
-def default_value(config: BaseModel, key: str) -> Any:
-    """What `key` would hold had it not been given, all other keys being as they are."""
-    return DERIVED[key](config) if key in DERIVED else type(config).model_fields[key].default
-
-
-def contradictions(config: BaseModel) -> Iterator[str]:
-    """Sentences on keys that cannot stand together; each names its keys in single quotes."""
-    if config.backbone_weights is not None and not config.pretrained:
-        yield "'pretrained' is false although 'backbone_weights' names a file; leave out one of the two"
-    if config.rank_schedule and config.rank != config.rank_schedule[0][1]:
-        first = show(config.rank_schedule[0][1])
-        yield f"'rank' is {show(config.rank)} but 'rank_schedule' starts with rank {first}; leave out 'rank'"
-    if config.scheduler == "cosine" and config.min_lr > min(config.init_lr, config.lrate):
-        limit = "init_lr" if config.init_lr <= config.lrate else "lrate"
-        yield _above(config, "min_lr", limit, 'a learning rate of scheduler "cosine" can only fall')
-    if config.grad_accum > config.batch_size:
-        yield _above(config, "grad_accum", "batch_size", "each part of a batch needs at least one image")
-    if config.growth_rule == "val_loss" and config.refit_epochs == 0:
-        yield "'growth_rule' is \"val_loss\" but 'refit_epochs' is 0; the losses are compared with the head refitted"
-    if config.gumbel_tau_final > config.gumbel_tau_init:
-        yield _above(config, "gumbel_tau_final", "gumbel_tau_init", "the temperature can only fall")
-    yield from _without_gate(config) if config.gate == "none" else _with_gate(config)
-    if config.gate == "evidence":
-        yield from _with_evidence(config)
-    elif config.gate_price != default_value(config, "gate_price"):
-        yield f"'gate_price' is {show(config.gate_price)} but 'gate' is {show(config.gate)}; it belongs to gate \"evidence\""
-
-
-def _above(config: BaseModel, key: str, limit: str, reason: str) -> str:
+def above(config: Any, key: str, limit: str, reason: str) -> str:
+    """The sentence for a `key` that is above another key, its `limit`."""
     value, bound = show(getattr(config, key)), show(getattr(config, limit))
     return f"'{key}' is {value}, above '{limit}' of {bound}; {reason}"
-
-
-def _with_gate(config: BaseModel) -> Iterator[str]:
-    if config.growth_rule == "kd":
-        yield f'\'growth_rule\' is "kd" but \'gate\' is {show(config.gate)}; "kd" belongs to gate "none"'
-    if config.gate == "sparsemax" and config.gate_noise != default_value(config, "gate_noise"):
-        noise = show(config.gate_noise)
-        yield f"'gate_noise' is {noise} but 'gate' is \"sparsemax\", which has none; leave out 'gate_noise'"
-
-
-def _with_evidence(config: BaseModel) -> Iterator[str]:
-    if config.growth_rule in ("topk", "val_loss"):
-        yield (f"'growth_rule' is {show(config.growth_rule)} but 'gate' is \"evidence\", which decides before training; "
-               'choose "threshold"')
-    if config.alpha_scope == "task":
-        yield ("'alpha_scope' is \"task\" but 'gate' is \"evidence\", which moves the norm of every block and projection into "
-               "its magnitude; leave out 'alpha_scope'")
-
-
-def unused_by_evidence(config: BaseModel) -> list[str]:
-    """Keys of a trained gate that hold no default under gate "evidence", where they do nothing: a config that is switched
-    from one gate to the other may keep them."""
-    if config.gate != "evidence":
-        return []
-    keys = [key for key in (*_GATE_KEYS, "alpha_lr") if key != "gumbel_tau_final"]
-    return [key for key in keys if getattr(config, key) != default_value(config, key)]
-
-
-def _without_gate(config: BaseModel) -> Iterator[str]:
-    without = "but 'gate' is \"none\""
-    if config.alpha_scope == "layer":
-        yield f"'alpha_scope' is \"layer\" {without}, with one magnitude per task; leave out 'alpha_scope'"
-    if config.growth_rule == "topk":
-        yield f"'growth_rule' is \"topk\" {without}, which has no gate weights to rank; choose another rule"
-    for key in _GATE_KEYS:
-        value = getattr(config, key)
-        if value != default_value(config, key) and not (key == "lambda_sparsity" and value == 0):
-            yield f"'{key}' is {show(value)} {without}, where it has no effect; leave out '{key}'"

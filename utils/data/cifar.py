@@ -1,20 +1,17 @@
-"""CIFAR-10 and CIFAR-100 in the files that torchvision uses.
+"""CIFAR-10 and CIFAR-100 in the files that torchvision keeps, and by its names and its download.
 
-torchvision's own reader refuses every file whose MD5 is not the published one, and unpickles without limits.
-This one reads the same layout (`cifar-100-python/train`, ...) whatever the number of images, with an
-unpickler that can build arrays, bytes, lists and dicts and nothing else; torchvision is asked for the
-download alone.
+Not by its reader: that one unpickles without limits, which is safe with files of the published MD5 alone, and refuses all
+others. Here any set in these files is read, with an unpickler that makes arrays and plain values and nothing else.
 """
 
 import pickle
-import shutil
 import socket
 import tarfile
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,99 +26,76 @@ _BYTES = 3 * 32 * 32  # one image: the red, the green, then the blue plane
 _TIMEOUT = 30.0  # seconds without an answer after which a download is given up
 
 
-def read_cifar(data_path: Path, source: type[CIFAR10]) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray, list[str]]:
+def read_cifar(data_path: Path, published: type[CIFAR10]) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray, list[str]]:
     """Train images and labels, test images and labels (uint8 `[n, 3, 32, 32]`, int64 `[n]`) and class names.
 
-    `source` is torchvision's class, for its names of files. Raises UserError when files are missing and
-    cannot be downloaded, or are damaged.
+    `published` is torchvision's class. Raises UserError when files are missing and cannot be downloaded, or are damaged.
     """
-    folder = _find_folder(data_path, source)
-    classes = _read_names(folder / source.meta["filename"], source.meta["key"])
-    train = [_read_images(folder / name, len(classes)) for name, _ in source.train_list]
-    test = [_read_images(folder / name, len(classes)) for name, _ in source.test_list]
-    return (*_join(train), *_join(test), classes)
+    folder = _find_folder(data_path, published)
+    path, key = folder / published.meta["filename"], published.meta["key"]
+    classes = _unpickle(path).get(key)
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise _damaged(path, f"no list of names under '{key}'")
+    splits = []
+    for files in (published.train_list, published.test_list):
+        images, labels = zip(*(_read_images(folder / name, len(classes)) for name, _ in files), strict=True)
+        splits += [torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32), np.concatenate(labels)]
+    return (*splits, classes)
 
 
-def _join(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
-    images = np.concatenate([data for data, _ in parts]).reshape(-1, 3, 32, 32)
-    return torch.from_numpy(images), np.concatenate([labels for _, labels in parts])
+def _find_folder(data_path: Path, published: type[CIFAR10]) -> Path:
+    """The folder of the extracted files: as it is, or from the archive beside it, or downloaded.
 
-
-def _find_folder(data_path: Path, source: type[CIFAR10]) -> Path:
-    """The folder of the extracted files: as it is, or from the archive beside it, or downloaded."""
-    if data_path.name == source.base_folder and data_path.is_dir():
+    It appears whole or not at all: an interruption leaves no half data set.
+    """
+    if data_path.name == published.base_folder and data_path.is_dir():
         return data_path
-    folder, archive = data_path / source.base_folder, data_path / source.filename
+    folder, archive = data_path / published.base_folder, data_path / published.filename
     if folder.is_dir():
         return folder
-    if archive.is_file():
-        with _staging(data_path) as staging:
-            _extract(archive, staging)
-            _publish(staging / source.base_folder, folder, archive)
-        return folder
     try:
-        with _staging(data_path) as staging, _socket_timeout(_TIMEOUT):
-            downloads.download_and_extract_archive(
-                source.url, str(staging), filename=source.filename, md5=source.tgz_md5
-            )
-            _publish(staging / source.base_folder, folder, archive)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"data_path: neither '{folder}' nor '{archive}' is there and the download failed ({_reason(error)}); "
-            f"get {source.url} where there is a network and put it into '{data_path}'."
-        ) from error
+        data_path.mkdir(parents=True, exist_ok=True)
+        staging = TemporaryDirectory(prefix=".extract-", dir=data_path, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(f"data_path: '{data_path}' cannot be written ({_reason(error)}); choose another folder.") from error
+    with staging as place:
+        _extract(archive if archive.is_file() else _download(published, place, folder), Path(place))
+        if not (staged := Path(place, folder.name)).is_dir():
+            raise UserError(f"data_path: '{archive}' holds no folder '{folder.name}'; get the archive again.")
+        with suppress(OSError):  # another process may have been faster
+            staged.rename(folder)
     return folder
 
 
-@contextmanager
-def _staging(data_path: Path) -> Iterator[Path]:
-    """A folder under `data_path` that is removed afterwards, so that an interruption leaves no half data set."""
-    try:
-        data_path.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".extract-", dir=data_path))
-    except OSError as error:
-        raise UserError(
-            f"data_path: '{data_path}' cannot be written ({_reason(error)}); choose another folder."
-        ) from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """torchvision opens its connections without a timeout: a silent network would be waited for without end."""
+def _download(published: type[CIFAR10], place: str, folder: Path) -> Path:
+    """The published archive, brought to `place`; its MD5 is checked."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none: a silent network would be waited for without end
     try:
-        yield
+        downloads.download_url(published.url, place, published.filename, published.tgz_md5)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise UserError(
+            f"data_path: neither '{folder}' nor '{folder.parent / published.filename}' is there and the download failed "
+            f"({_reason(error)}); get {published.url} where there is a network and put it into '{folder.parent}'."
+        ) from error
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _publish(staged: Path, folder: Path, archive: Path) -> None:
-    if not staged.is_dir():
-        raise UserError(f"data_path: '{archive}' holds no folder '{folder.name}'; get the archive again.")
-    if not folder.is_dir():  # another process may have been faster
-        staged.rename(folder)
+    return Path(place, published.filename)
 
 
 def _extract(archive: Path, target: Path) -> None:
-    """Write the regular files of `archive` under `target`; a member that would land elsewhere is refused by name."""
+    """Writes the members of `archive` under `target`; one that would land elsewhere, or is a link, is refused by name."""
     try:
         with tarfile.open(archive) as members:
+            members.extraction_filter = getattr(tarfile, "data_filter", None)  # Pythons before 3.10.12 have none
             for member in members:
-                path = (target / member.name).resolve()
-                if not path.is_relative_to(target.resolve()) or not (member.isfile() or member.isdir()):
+                inside = (target / member.name).resolve().is_relative_to(target.resolve())
+                if not inside or not (member.isfile() or member.isdir()):
                     raise UserError(
                         f"data_path: the member '{member.name}' of '{archive}' is no plain file inside the archive's "
                         f"folder; this is not the published archive, get it again."
                     )
-                if member.isfile():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with members.extractfile(member) as content, open(path, "wb") as out:
-                        shutil.copyfileobj(content, out)
+                members.extract(member, target)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"data_path: '{archive}' cannot be extracted ({_reason(error)}); if it is damaged, remove it and get it again."
@@ -163,13 +137,6 @@ def _unpickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}")
     return content
-
-
-def _read_names(path: Path, key: str) -> list[str]:
-    names = _unpickle(path).get(key)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise _damaged(path, f"no list of names under '{key}'")
-    return names
 
 
 def _read_images(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -101,7 +101,7 @@ DOMAINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mirror": mirror, "negative": negative, "pixelated": pixelated}
 
 
-def parts(domain: str) -> list[str]:
+def _names(domain: str) -> list[str]:
     """The domains that `domain` applies one after another; raises UserError for a name that is none."""
     names = [name.strip() for name in domain.split("+")]
     for name in names:
@@ -113,7 +113,7 @@ def parts(domain: str) -> list[str]:
 def apply_domain(domain: str, images: Tensor, index: np.ndarray, seed: int, split: str) -> Tensor:
     """`images` uint8 `[n, 3, h, w]` as `domain` shows them; `index` int64 `[n]` are their places in the split."""
     shown = images.float() / 255
-    for place, name in enumerate(parts(domain)):
+    for place, name in enumerate(_names(domain)):
         u = torch.from_numpy(uniforms(seed, "domain", split, place, name, index=index, count=DRAWS)).float()
         shown = DOMAINS[name](shown, u)
     return (shown * 255).round().clamp(0, 255).to(torch.uint8)
@@ -129,7 +129,7 @@ def check_domains(domains: list[str] | None, tasks: int) -> list[str] | None:
     name that is none or a list that is too short."""
     if domains is None:
         return None
-    domains = ["+".join(parts(domain)) for domain in domains]
+    domains = ["+".join(_names(domain)) for domain in domains]
     if len(domains) < tasks:
         raise UserError(f"task_domains: it has {len(domains)} entries for {tasks} tasks; give one domain for every task.")
     return domains[:tasks]

@@ -1,38 +1,41 @@
 """Folders of class folders and lists of files: paths, labels and class names, read before anything trains.
 
-A class is numbered by the place of its name among the sorted names, as torchvision's `ImageFolder` does.
-Hidden entries (a leading dot) are passed over.
+A class is numbered by the place of its name among the sorted names, as torchvision's `ImageFolder` does, and a file is an
+image by the same suffixes. torchvision's own walk passes in silence over a folder that it may not read, and counts hidden
+entries (a leading dot); here the first is an error, and the second are passed over.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+Files = tuple[list[Path], np.ndarray]  # images and their labels, int64
+Listing = tuple[list[Path], np.ndarray, list[Path], np.ndarray, list[str]]  # both splits' Files, and the class names
 
 
-class Files(NamedTuple):
-    """Image files of the training and the test split, their labels (int64), and the class names."""
+def read_folders(data_path: Path, name: str | None, advice: str) -> Listing:
+    """`train/<class>/**` and `test/<class>/**` under `data_path/<name>`, or else under `data_path` itself.
 
-    train: list[Path]
-    train_labels: np.ndarray
-    test: list[Path]
-    test_labels: np.ndarray
-    classes: list[str]
-
-
-def find_root(data_path: Path, names: tuple[str, ...], advice: str) -> Path:
-    """The folder with `train` and `test`: `data_path/<one of names>`, or `data_path` itself.
-
-    `advice` tells how to get the data; it ends the error when there is nothing.
+    `advice` tells how to get the data; it ends the error when there is nothing. Raises UserError, too, for a folder that
+    cannot be read, a class without an image, or one that only one split has.
     """
-    candidates = [data_path / name for name in names] + [data_path]
+    root = _find_root([data_path / name, data_path] if name else [data_path], advice)
+    train, test = root / "train", root / "test"
+    classes, tested = _class_names(train), _class_names(test)
+    for label in sorted(set(classes) ^ set(tested)):
+        has, lacks = (train, test) if label in classes else (test, train)
+        raise UserError(
+            f"data_path: class '{label}' is in '{has}' but not in '{lacks}'; both need the same class folders."
+        )
+    return (*_read_split(train, classes), *_read_split(test, classes), classes)
+
+
+def _find_root(candidates: list[Path], advice: str) -> Path:
+    """The first of these folders that has both splits."""
     for root in candidates:
         if (root / "train").is_dir() and (root / "test").is_dir():
             return root
@@ -41,31 +44,12 @@ def find_root(data_path: Path, names: tuple[str, ...], advice: str) -> Path:
             if (root / there).is_dir():
                 raise UserError(f"data_path: '{root}' has a folder '{there}' but no folder '{missing}'; {advice}.")
     looked = " nor ".join(f"'{root / 'train'}'" for root in candidates)
-    raise UserError(
-        f"data_path: {'neither ' if names else ''}{looked} {'is there' if names else 'is not there'}; {advice}."
-    )
-
-
-def read_class_folders(root: Path) -> Files:
-    """`root/train/<class>/**` and `root/test/<class>/**`.
-
-    Raises UserError for a folder that cannot be read, a class without an image, or one that only one split
-    has.
-    """
-    classes = _class_names(root / "train")
-    tested = _class_names(root / "test")
-    for name in sorted(set(classes) ^ set(tested)):
-        has, lacks = ("train", "test") if name in classes else ("test", "train")
-        raise UserError(
-            f"data_path: class '{name}' is in '{root / has}' but not in '{root / lacks}'; "
-            f"both need the same class folders."
-        )
-    return Files(*_read_split(root / "train", classes), *_read_split(root / "test", classes), classes)
+    raise UserError(f"data_path: {f'neither {looked} is' if len(candidates) > 1 else f'{looked} is not'} there; {advice}.")
 
 
 def _class_names(folder: Path) -> list[str]:
-    with _entries(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    _, names, _ = next(os.walk(folder, onerror=_unreadable))
+    names = sorted(name for name in names if not name.startswith("."))
     if not names:
         raise UserError(
             f"data_path: '{folder}' holds no class folders; give each class a folder of its own under it, "
@@ -74,52 +58,54 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_split(folder: Path, classes: list[str]) -> tuple[list[Path], np.ndarray]:
-    paths, counts = [], []
-    for name in classes:
-        found = _images_under(folder / name)
+def _read_split(folder: Path, classes: list[str]) -> Files:
+    images = [_images_under(folder / name) for name in classes]
+    for name, found in zip(classes, images, strict=True):
         if not found:
             raise UserError(
-                f"data_path: the class folder '{folder / name}' holds no image files ({', '.join(EXTENSIONS)}); "
+                f"data_path: the class folder '{folder / name}' holds no image files ({', '.join(IMG_EXTENSIONS)}); "
                 f"add images or remove the class from both splits."
             )
-        paths += found
-        counts.append(len(found))
-    return paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(found) for found in images])
+    return [path for found in images for path in found], labels
 
 
 def _images_under(folder: Path) -> list[Path]:
-    """Image files under `folder`, at any depth, in a fixed order."""
-    files, folders = [], []
-    with _entries(folder) as entries:
-        for entry in sorted(entries, key=lambda item: item.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(Path(entry.path))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                files.append(Path(entry.path))
-    return files + [path for inner in folders for path in _images_under(inner)]
+    """Image files at any depth, in a fixed order: those of a folder before those of the folders in it, each by name."""
+    images = []
+    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        images += [Path(place, name) for name in sorted(files)
+                   if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+    return images
 
 
-def _entries(folder: Path) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
-    try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise UserError(
-            f"data_path: the folder '{folder}' cannot be read ({error.strerror}); check its permissions."
-        ) from error
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"data_path: the folder '{error.filename}' cannot be read ({error.strerror}); check its permissions."
+    ) from error
 
 
-def find_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
+def read_domainnet(data_path: Path) -> Listing:
+    """345 classes over all domains: by list files in `data_path/domainnet` or `data_path` where there are any, else by class
+    folders."""
+    for root in (data_path / "domainnet", data_path):
+        if lists := _find_lists(root):
+            return _read_lists(root, *lists)
+    advice = (
+        "get the domains with their lists (<domain>_train.txt, <domain>_test.txt) from the DomainNet page "
+        "and unpack them into domainnet/, or use folders domainnet/train and domainnet/test of class folders"
+    )
+    return read_folders(data_path, "domainnet", advice)
+
+
+def _find_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
     """The training and test lists in `root`: `train.txt` and `test.txt`, else every `<domain>_train.txt` pair.
 
     None when there is no list; UserError when a list has no counterpart.
     """
-    if not root.is_dir():
-        return None
-    train = [root / "train.txt"] if (root / "train.txt").is_file() else sorted(root.glob("*_train.txt"))
-    test = [root / "test.txt"] if (root / "test.txt").is_file() else sorted(root.glob("*_test.txt"))
+    train, test = ([root / f"{split}.txt"] if (root / f"{split}.txt").is_file() else sorted(root.glob(f"*_{split}.txt"))
+                   for split in ("train", "test"))
     wanted = {path.name.replace("train.txt", "test.txt") for path in train}
     for name in sorted(wanted ^ {path.name for path in test}):
         missing = name if name in wanted else name.replace("test.txt", "train.txt")
@@ -127,44 +113,45 @@ def find_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
     return (train, test) if train else None
 
 
-def read_lists(root: Path, train: list[Path], test: list[Path]) -> Files:
+def _read_lists(root: Path, train: list[Path], test: list[Path]) -> Listing:
     """Files named by lines `relative/path/to/class/image.jpg label`, relative to `root`.
 
-    A class takes the name of the folder of its first image. Labels need not be gapless: they are renumbered
-    in order.
+    A class takes the name of the folder of its first image. Labels need not be gapless: they are renumbered in order.
     """
     train_paths, train_labels = _read_lines(root, train)
     test_paths, test_labels = _read_lines(root, test)
     labels, first = np.unique(train_labels, return_index=True)
     for label in np.setxor1d(labels, test_labels):
         has, lacks = ("train", "test") if label in labels else ("test", "train")
-        raise UserError(f"data_path: label {label} is in the {has} lists of '{root}' but not in the {lacks} lists.")
+        raise UserError(
+            f"data_path: label {label} is in the {has} lists of '{root}' but not in the {lacks} lists; get both again."
+        )
     classes = [train_paths[index].parent.name for index in first]
-    renumbered = [np.searchsorted(labels, part).astype(np.int64) for part in (train_labels, test_labels)]
-    return Files(train_paths, renumbered[0], test_paths, renumbered[1], classes)
+    return train_paths, np.searchsorted(labels, train_labels), test_paths, np.searchsorted(labels, test_labels), classes
 
 
-def _read_lines(root: Path, lists: list[Path]) -> tuple[list[Path], np.ndarray]:
+def _read_lines(root: Path, lists: list[Path]) -> Files:
     paths, labels = [], []
-    for source in lists:
+    for file in lists:
         try:
-            lines = source.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data_path: the list '{source}' cannot be read ({error}); get it again.") from error
+            raise UserError(f"data_path: the list '{file}' cannot be read ({error}); get it again.") from error
         before = len(paths)
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             name, _, label = line.strip().rpartition(" ")
-            if not name or not label.isdecimal():
-                raise UserError(f"data_path: '{source}', line {number}: '{line}' is not 'relative/path label'.")
-            paths.append(root / name.strip())
-            labels.append(int(label))
+            if line.strip() and (not name or not label.isdecimal()):
+                raise UserError(
+                    f"data_path: '{file}', line {number}: '{line}' is not 'relative/path label'; get the list again."
+                )
+            if name:
+                paths.append(root / name.strip())
+                labels.append(int(label))
         if len(paths) == before:
-            raise UserError(f"data_path: the list '{source}' names no image; get it again.")
+            raise UserError(f"data_path: the list '{file}' names no image; get it again.")
         if not paths[before].is_file():
             raise UserError(
-                f"data_path: '{paths[before]}', the first image of '{source.name}', is not there; "
+                f"data_path: '{paths[before]}', the first image of '{file.name}', is not there; "
                 f"unpack the images beside their lists."
             )
     return paths, np.array(labels, dtype=np.int64)

@@ -4,9 +4,9 @@ Shapes: b images of a batch, h x w pixels stored, S x S pixels given out.
 
 A source gives the images of one split in any order asked for, as float32 `[b, 3, S, S]` in 0..1 on the
 device: `train` under the augmentation keyed by (seed, task, epoch, image), `evaluate` under the deterministic
-test transform. `TensorSource` holds images of one size and augments a batch at a time; `DecodedSource` holds
-images of their own sizes; `FileSource` has them decoded in worker processes, if there are any. Whichever it is,
-what is augmented is resized and mirrored on the device; on the CPU the last two give the same bits.
+test transform. `TensorSource` holds images of one size and augments a batch at a time; `FileSource` has files decoded
+in worker processes, if there are any; `DecodedSource` holds them decoded on the device. Whichever it is, what is
+augmented is resized and mirrored on the device; on the CPU the last two give the same bits.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,7 @@ from utils.data.augmentation import (
     draw_boxes,
     resize_cut,
 )
-from utils.data.loader import Key, Loader, Parts, View
-from utils.data.reader import MemoryReader, PathReader
+from utils.data.readers import Cuts, Loader, MemoryReader, PathReader, Request, View
 
 _CHUNK = 64  # images at a time while a test split is read into memory
 
@@ -70,16 +69,48 @@ class TensorSource:
             yield self.images[part].to(self.device, non_blocking=True)
 
 
-class DecodedSource:
-    """Image files, decoded once on first use and held on the device, each in its own size.
+class FileSource:
+    """Image files, decoded as RGB by PIL.
 
-    `members` are the images that will ever be asked for, ascending; `threads` decode them.
+    `members` are the images that will ever be asked for, ascending. num_workers: processes that decode and cut out what is to
+    be seen; 0 does it in this one. `home`: the memory in which decoded images are kept from the first use on, each in its own
+    size; None decodes them whenever they are asked for.
     """
 
-    def __init__(self, paths: list[Path], members: np.ndarray, augmentation: Augmentation, size: int,
-                 device: torch.device, threads: int) -> None:
-        self.paths, self.members = [str(path) for path in paths], members
-        self.augmentation, self.size, self.device, self.threads = augmentation, size, device, threads
+    def __init__(self, paths: list[Path], members: np.ndarray, augmentation: Augmentation, size: int, device: torch.device,
+                 num_workers: int, home: torch.device | None) -> None:
+        self.paths, self.members, self.augmentation, self.size = paths, members, augmentation, size
+        self.device, self.num_workers, self.home = device, num_workers, home
+        self.loaders: dict[str, Loader] = {}
+
+    def train(self, index: np.ndarray, view: View, batch_size: int) -> Iterator[Tensor]:
+        for cuts in self._load("train", index, view, batch_size):
+            yield _floats(torch.stack([resize_cut(cut, flip, self.size) for cut, flip in cuts.on(self.device)]))
+
+    def evaluate(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+        for views in self._tested(index, batch_size):
+            yield _floats(views)
+
+    def _tested(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+        """The images as they are tested, uint8 `[b, 3, S, S]`."""
+        for cuts in self._load("evaluate", index, None, batch_size):
+            yield torch.stack([view for view, _ in cuts.on(self.device)])
+
+    def _load(self, purpose: str, index: np.ndarray, view: View | None, batch_size: int) -> Iterator[Cuts]:
+        if purpose not in self.loaders:
+            pin = self.device.type == "cuda"
+            self.loaders[purpose] = Loader(self._reader, self.augmentation, self.size, self.num_workers, pin)
+        requests: list[list[Request]] = [[(image, view) for image in part.tolist()] for part in _in_batches(index, batch_size)]
+        return self.loaders[purpose].batches(requests)
+
+    @cached_property
+    def _reader(self) -> PathReader | MemoryReader:
+        reader = PathReader(self.paths)
+        return reader if self.home is None else MemoryReader(reader, self.members, max(1, self.num_workers), self.home)
+
+
+class DecodedSource(FileSource):
+    """Image files whose decoded images are kept on the device itself: what is to be seen is cut out there."""
 
     def train(self, index: np.ndarray, view: View, batch_size: int) -> Iterator[Tensor]:
         sizes = np.array([self._reader.shape(image) for image in index.tolist()]).reshape(-1, 2)
@@ -88,73 +119,14 @@ class DecodedSource:
             cuts = [cut_out(self._reader.read(image), box, self.size) for image, box in zip(index[rows].tolist(), boxes[rows])]
             yield _floats(torch.stack([resize_cut(cut, flip, self.size) for cut, flip in zip(cuts, boxes[rows, 4])]))
 
-    def evaluate(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+    def _tested(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         for part in _in_batches(index, batch_size):
             images = (self._reader.read(image) for image in part.tolist())
-            yield _floats(torch.stack([center_image(image, self.size, self.augmentation.test_resize) for image in images]))
-
-    @cached_property
-    def _reader(self) -> MemoryReader:
-        return MemoryReader(PathReader(self.paths), self.members, self.threads, self.device)
-
-
-class FileSource:
-    """Image files, decoded as RGB by PIL.
-
-    num_workers: processes that decode and cut out what is to be seen; 0 does it in this one. `members` are the images that
-    will ever be asked for, ascending; with `in_memory` they are decoded once, on first use, and kept in main memory.
-    """
-
-    def __init__(
-        self,
-        paths: list[Path],
-        members: np.ndarray,
-        augmentation: Augmentation,
-        size: int,
-        device: torch.device,
-        num_workers: int,
-        in_memory: bool,
-    ) -> None:
-        self.paths, self.members = [str(path) for path in paths], members
-        self.augmentation, self.size = augmentation, size
-        self.device, self.num_workers, self.in_memory = device, num_workers, in_memory
-        self.loaders: dict[str, Loader] = {}
-
-    def train(self, index: np.ndarray, view: View, batch_size: int) -> Iterator[Tensor]:
-        keys = [[(image, view) for image in part.tolist()] for part in _in_batches(index, batch_size)]
-        for parts in self._load("train", keys):
-            yield _floats(torch.stack([resize_cut(part, flip, self.size) for part, flip in parts.on(self.device)]))
-
-    def evaluate(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-        for views in self._tested(index, batch_size):
-            yield _floats(views)
-
-    def _tested(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-        """The images as they are tested, uint8 `[b, 3, S, S]`."""
-        keys: list[list[Key]] = [[(image, None) for image in part.tolist()] for part in _in_batches(index, batch_size)]
-        for parts in self._load("evaluate", keys):
-            yield torch.stack([view for view, _ in parts.on(self.device)])
-
-    def _load(self, purpose: str, keys: list[list[Key]]) -> Iterator[Parts]:
-        if purpose not in self.loaders:
-            pin = self.device.type == "cuda"
-            self.loaders[purpose] = Loader(self._reader, self.augmentation, self.size, self.num_workers, pin)
-        return self.loaders[purpose].batches(keys)
-
-    @cached_property
-    def _reader(self) -> PathReader | MemoryReader:
-        reader = PathReader(self.paths)
-        return MemoryReader(reader, self.members, max(1, self.num_workers)) if self.in_memory else reader
+            yield torch.stack([center_image(image, self.size, self.augmentation.test_resize) for image in images])
 
 
 class EvaluationFileSource(FileSource):
-    """Files of a split that is only ever tested: the finished views are kept on `home` if there is one, not the decoded
-    images."""
-
-    def __init__(self, paths: list[Path], members: np.ndarray, augmentation: Augmentation, size: int,
-                 device: torch.device, num_workers: int, home: torch.device | None) -> None:
-        super().__init__(paths, members, augmentation, size, device, num_workers, in_memory=False)
-        self.home = home
+    """Files of a split that is only ever tested: what is kept on `home` are the finished views, not the decoded images."""
 
     def evaluate(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
         if self.home is None:
@@ -171,6 +143,10 @@ class EvaluationFileSource(FileSource):
         for number, part in enumerate(self._tested(self.members, _CHUNK)):
             views[number * _CHUNK : number * _CHUNK + len(part)] = part
         return views
+
+    @cached_property
+    def _reader(self) -> PathReader:
+        return PathReader(self.paths)
 
 
 def _in_batches(index: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -14,10 +14,6 @@ TASKS_SHOWN = 10
 
 GROWTH = "[Conditional Growth]"
 
-# What a rule compares with its limit, and the name of that limit; an adapter is kept when it is larger.
-_COMPARED = {"threshold": ("beta", "threshold"), "val_loss": ("gain", "margin"),
-             "kd": ("residual", "kd_residual")}
-
 
 def format_array(values: Iterable[float]) -> str:
     """Numbers on one line, however many, two decimals, single spaces: `[0.15 0.32 0.48 0.05]`."""
@@ -25,36 +21,20 @@ def format_array(values: Iterable[float]) -> str:
     return "[" + " ".join(f"{round(float(value), 2) + 0.0:.2f}" for value in values) + "]"
 
 
-def growth_lines(task: int, beta_values: Sequence[float], *, rule: str, kept: bool, active: int, total: int,
-                 limit: float | None = None, value: float | None = None,
-                 evicted: Sequence[int] = ()) -> list[str]:
+def growth_lines(task: int, beta_values: Sequence[float], *, kept: bool, active: int, total: int, criterion: str,
+                 reasons: Mapping[int, str], evicted: Sequence[int] = ()) -> list[str]:
     """The `[Conditional Growth]` lines of one decision.
 
-    `beta_values`: the gate weights that the decision read, the current task's last. `active` of `total`
-    adapters are in use after it; `evicted` are older tasks whose adapters it pruned (by their gate weights).
-    `limit` and `value` are what the rule compared:
-
-    | rule | value | limit |
-    | --- | --- | --- |
-    | threshold | the current task's gate weight (the default) | `growth_threshold` |
-    | topk | | `growth_topk` |
-    | val_loss | relative gain in held-out loss | `growth_margin` |
-    | kd | largest squared residual over blocks and projections | `kd_residual` |
-    | any other | | |
+    `beta_values`: the gate weights that the decision read, the current task's last. `active` of `total` adapters are in
+    use after it; `evicted` are older tasks whose adapters it pruned. criterion, reasons: the growth rule's words, for what it holds
+    the newcomer against and, by task, for what decided over an adapter.
     """
-    current = float(beta_values[-1])
-    if rule == "threshold" and value is None:
-        value = current
-    lines = [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",
-             f"{GROWTH} Current task beta: {current:.4f}, {_criterion(rule, limit, value)}"]
-    for old in evicted:
-        reason = _reason(rule, False, limit, float(beta_values[old]), old)
-        lines.append(f"{GROWTH} ✗ Pruning adapter for task {old} ({reason})")
-    shown = current if rule == "topk" else value
-    lines.append(f"{GROWTH} {'✓ Keeping' if kept else '✗ Pruning'} adapter for task {task} "
-                 f"({_reason(rule, kept, limit, shown, task)})")
-    lines.append(f"{GROWTH} Active adapters: {active}/{total} ({100 * active / total:.1f}%)")
-    return lines
+    fates = [*((old, False) for old in evicted), (task, kept)]
+    return [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",
+            f"{GROWTH} Current task beta: {beta_values[-1]:.4f}, {criterion}",
+            *(f"{GROWTH} {'✓ Keeping' if stays else '✗ Pruning'} adapter for task {number} ({reasons[number]})"
+              for number, stays in fates),
+            f"{GROWTH} Active adapters: {active}/{total} ({100 * active / total:.1f}%)"]
 
 
 def final_table(result: Mapping[str, Any]) -> str:
@@ -105,42 +85,6 @@ def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
             for row, result in enumerate(results)]
     name = "mean ± std" if len(results) > 1 else "mean"
     return _table(header, [*rows, [name, *(_mean_text(column) for column in columns)]])
-
-
-def _criterion(rule: str, limit: float | None, value: float | None) -> str:
-    """What the rule reads beside the gate weight, for the second line."""
-    if rule == "topk":
-        return f"topk: {limit:.0f}"
-    if rule not in _COMPARED:
-        return f"rule: {rule}"
-    quantity, limit_name = _COMPARED[rule]
-    shown, bound = _pair(rule, value, limit)
-    return f"{limit_name}: {bound}" if quantity == "beta" else f"{quantity}: {shown}, {limit_name}: {bound}"
-
-
-def _reason(rule: str, kept: bool, limit: float | None, value: float | None, task: int) -> str:
-    """The numbers that decided over the adapter of `task`, as a comparison that is true."""
-    if rule == "topk":
-        return f"beta={value:.4f}, {'in' if kept else 'not in'} the top {limit:.0f}"
-    if rule not in _COMPARED:
-        return f"growth_rule={rule}"
-    # Task 0 stays whatever its numbers say; do not print a comparison that did not decide.
-    if task == 0 and kept and (value is None or not value > limit):
-        return "task 0 is always kept"
-    quantity, _ = _COMPARED[rule]
-    shown, bound = _pair(rule, value, limit)
-    return f"{quantity}={shown} {'>' if kept else '<='} {bound}"
-
-
-def _pair(rule: str, value: float | None, limit: float) -> tuple[str, str]:
-    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most)."""
-    for digits in (4, 6, 8, 10):
-        # Squared residuals span many orders of magnitude.
-        style = f".{digits - 2}e" if rule == "kd" else f".{digits}f"
-        texts = ("-" if value is None else format(value, style), format(limit, style))
-        if texts[0] != texts[1] or value == limit:
-            break
-    return texts
 
 
 def _summed_up(accuracies: Sequence[float | None], task: int) -> list[float | None]:

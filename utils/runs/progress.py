@@ -62,6 +62,9 @@ class Progress:
             self.bar.update(self.done - self.bar.n)
         return True
 
+    def work(self, title: str, done: int, total: int) -> None:
+        """Shows work that is no optimizer step."""
+
     def close(self) -> None:
         """Removes the bar."""
         if self.bar is not None:

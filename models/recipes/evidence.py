@@ -1,0 +1,130 @@
+"""Growth decided before a task is trained, from what its images look like to the frozen network (backbone/keys.py)."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.gates import EqualGate
+from backbone.keys import Key, Keys, key_size, token_statistics
+from models.growth import Decision
+from models.optimisation import epochs_of, make_row_optimizer
+from models.recipes.base import GrowthKeys, Recipe
+from models.recipes.trained import TemperatureKeys
+from models.rows import RowFit
+from utils.config import KeyGroup, key
+from utils.gumbel_utils import gumbel_sparsemax
+from utils.runs import distributed
+from utils.runs.progress import LOGGER
+
+
+class PriceKeys(KeyGroup):
+    """Price of an adapter"""
+
+    gate_price: float = key(
+        3.0, "How far images must have moved (an F ratio, about 1 for none) for a new adapter to weigh as much as the nearest "
+             "old one.", gt=0)
+
+
+class EvidenceKeys(TemperatureKeys, PriceKeys, GrowthKeys):
+    """Gate evidence"""
+
+    alpha_scope: Literal["layer"] = key("layer", "The norm of every block and projection moves into its magnitude.")
+    init_alpha: float = key(1.0, "Magnitude that a new adapter is trained with.", gt=0)
+    refit_lr: float | None = key(
+        None, "Learning rate of SGD (with `momentum`) for the head rows, which every task fits anew.",
+        unset="the optimizer and learning rate of the task", gt=0)
+
+
+class Evidence(Recipe):
+    """Not trained: decides before a task is trained, from what its images look like; kept magnitudes stay fixed.
+
+    The logit of an old adapter is minus the logarithm of how far the new images have moved from those that it was learned on,
+    an F ratio; the newcomer's is minus the logarithm of `gate_price`. The decision reads the sparsemax of these logits at
+    `gumbel_tau_final`. An adapter that has been kept enters with its full magnitude from then on.
+    """
+
+    Keys = EvidenceKeys
+    train_alpha = False
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.keys = Keys()
+        self._decision: Decision | None = None
+
+    def make_gate(self) -> EqualGate:
+        return EqualGate()
+
+    @property
+    def tau(self) -> float:
+        return self.config.gumbel_tau_final
+
+    def announce(self) -> None:
+        LOGGER.info(f"[Gumbel CL-LoRA] gate={self.config.gate}, tau_final={self.config.gumbel_tau_final}, "
+                    f"price={self.config.gate_price}")
+
+    def begin(self) -> None:
+        """Decides: a task that needs no adapter of its own trains its head rows alone."""
+        learner, bank = self.learner, self.learner.bank
+        new = Key.of(self._class_statistics())
+        shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
+        ratios = torch.tensor([*(shifts[task] for task in bank.tasks[:-1]), self.config.gate_price])
+        self.gate.replace(-ratios.clamp_min(torch.finfo(ratios.dtype).tiny).log().to(self.gate.logits))
+        beta = gumbel_sparsemax(self.gate.logits, self.config.gumbel_tau_final, training=False).detach()
+        self._decision = learner.conditional_growth_decision(beta)
+        learner.drop(self._decision)
+        self.prune(self._decision.keep)
+        self.keys.learn(learner.task, new, None if bank.current == learner.task else min(shifts, key=shifts.get))
+        if bank.current is None:
+            learner.head.clear()  # rows are fitted to a network that stays as it is: they start alike in every task
+
+    def _class_statistics(self) -> Tensor:
+        """Mean statistics `[c, p]` of the current task's classes as the frozen network sees its training images."""
+        learner = self.learner
+        classes = len(learner.data.task_classes(learner.task))
+        learner.bank.unmerge()
+        sums = torch.zeros(classes, key_size(learner.bank.width), dtype=torch.float64, device=learner.device)
+        counts = torch.zeros(classes, dtype=torch.float64, device=learner.device)
+        for images, labels in learner.task_images("how far its images have moved"):
+            members = F.one_hot(labels, classes).to(sums)  # [b, c]: a product sums in a fixed order
+            sums += members.T @ token_statistics(learner.backbone.early_tokens(images))
+            counts += members.sum(0)
+        distributed.add_up(sums, counts)
+        return sums / counts[:, None]
+
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        learner = self.learner
+        if learner.bank.current is not None:
+            return None
+        return make_row_optimizer(self.config, learner.head.trainable(), learner.task)
+
+    def groups(self) -> list[dict]:
+        return []
+
+    def step(self, step: int) -> None:
+        if self.learner.bank.current is not None:  # otherwise the network stays as `begin` left it
+            self.learner.bank.train_step()
+
+    def decide(self) -> Decision:
+        return self._decision
+
+    def row_fit(self, dropped: bool, decision: Decision, state: list[Tensor] | None) -> RowFit | None:
+        """From 0, to the network that the trained adapter has left: rows that have grown with an adapter outshout those of
+        tasks that trained rows alone."""
+        learner = self.learner
+        if learner.task not in decision.keep:
+            return None
+        learner.head.clear()
+        epochs = epochs_of(self.config, learner.task)
+        return RowFit(learner, epochs, epochs, scheduled=True, state=state)
+
+    def stored_tensors(self) -> list[Tensor]:
+        return self.keys.tensors()
+
+    def state(self) -> dict[str, Any]:
+        return {"keys": self.keys.state(), "decision": None if self._decision is None else vars(self._decision)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.keys.load(state["keys"], self.learner.device)
+        self._decision = None if state["decision"] is None else Decision(**state["decision"])

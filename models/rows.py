@@ -1,0 +1,102 @@
+"""Fitting the rows of the head to a network that stays as it is.
+
+The frozen network sees some augmented views of the task's images once; the rows are then trained on its features, which cost
+next to nothing. Shapes: n images of the task, d width.
+"""
+
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.optimisation import epochs_of, make_row_optimizer, set_learning_rates
+from models.training import GradientLearner
+from utils.config import KeyGroup, key
+from utils.rng import generator
+from utils.runs import distributed
+from utils.runs.progress import LOGGER
+
+
+class RefitKeys(KeyGroup):
+    """Refitting head rows"""
+
+    refit_epochs: int = key(
+        2, "Epochs of refitting the new rows of the head after an adapter was pruned; 0 leaves them.", ge=0)
+    refit_lr: float | None = key(
+        None, "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is.",
+        unset="the optimizer and learning rate of the task", gt=0)
+
+
+class RowFit:
+    """One fit of the current task's rows, from where they are, in `epochs` epochs over `views` views of the images.
+
+    An epoch takes the next view, in turn; from the second time on its batches are drawn anew. scheduled: with the learning
+    rate falling as in training. Every process sees its part of the images and then fits the rows of all of them, alike.
+    """
+
+    def __init__(self, learner: GradientLearner, epochs: int, views: int, scheduled: bool = False,
+                 state: list[Tensor] | None = None) -> None:
+        self.learner, self.epochs, self.views, self.scheduled = learner, epochs, min(views, epochs), scheduled
+        self.features = [features.to(learner.device) for features in state or []]
+
+    def state(self) -> list[Tensor]:
+        """The features `[n, d]` of the views that have been seen, for a checkpoint."""
+        return self.features
+
+    def run(self, whole: bool = False) -> None:
+        """Fits the rows. `whole`: a signal may be answered with a checkpoint of the learner, this fit's state in it."""
+        learner = self.learner
+        learner.start_evaluation()
+        labels = [self._labels(view) for view in range(self.views)]
+        for view in range(len(self.features), self.views):
+            self.features.append(self._look(view, whole))
+        optimizer = make_row_optimizer(learner.config, learner.head.trainable(), learner.task)
+        loss = torch.zeros((), device=learner.device)
+        for epoch in range(self.epochs):
+            if self.scheduled:
+                set_learning_rates(optimizer, learner.config, learner.task, epoch)
+            view = epoch % self.views
+            loss = self._epoch(optimizer, self.features[view], labels[view], epoch)
+            learner.work("row fit", epoch, self.epochs)
+        distributed.copy_from_main(learner.head.trainable())
+        LOGGER.info(f"Task {learner.task}: head rows fitted in {self.epochs} epochs on {self.views} views, loss "
+                    f"{loss.item():.3f}")
+
+    def _labels(self, view: int) -> Tensor:
+        """int64 `[n]`, from 0, in the order of the view's batches."""
+        data, task = self.learner.data, self.learner.task
+        return data.train_labels(task, self._epoch_number(view)) - data.task_classes(task).start
+
+    def _epoch_number(self, view: int) -> int:
+        """By which augmentation is keyed: views follow the epochs of training."""
+        return epochs_of(self.learner.config, self.learner.task) + view
+
+    @torch.no_grad()
+    def _look(self, view: int, whole: bool) -> Tensor:
+        """Features `[n, d]` of one view, in the order of its batches."""
+        learner, size = self.learner, self.learner.config.batch_size
+        data, task, (number, parts) = learner.data, learner.task, distributed.part()
+        steps, features = data.steps_per_epoch(task, size), None
+        features = torch.zeros(data.train_size(task), learner.backbone.width, device=learner.device)
+        batches = data.train_batches(task, self._epoch_number(view), size, part=(number, parts))
+        for batch, (images, labels) in enumerate(batches):
+            learner.work("features for the row fit", view * steps + batch, self.views * steps, whole)
+            if len(labels):
+                total = data.images_in_batch(task, batch, size)
+                start = batch * size + number * (total // parts) + min(number, total % parts)
+                features[start:start + len(labels)] = learner.embed(images)
+        distributed.add_up(features)  # every process has filled in its part of zeros
+        return features
+
+    def _epoch(self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """One epoch over the features of a view; the loss of its last batch."""
+        learner = self.learner
+        if epoch >= self.views:
+            order = torch.randperm(len(labels), generator=generator(learner.seed, "rows", learner.task, epoch))
+            features, labels = features[order.to(labels.device)], labels[order.to(labels.device)]
+        for x, y in zip(features.split(learner.config.batch_size), labels.split(learner.config.batch_size), strict=True):
+            loss = F.cross_entropy(learner.head.current_logits(x), y, reduction="sum") / len(y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()

@@ -1,0 +1,103 @@
+"""The data sets by their names in a config.
+
+A new one is an entry of `READERS`; nothing else in the code knows a data set by name. Readers give labels in the natural
+order of the classes; `utils.data_manager` turns them into a stream of tasks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from utils.data.augmentation import Augmentation
+from utils.data.cifar import read_cifar
+from utils.data.folder import read_domainnet, read_folders
+from utils.errors import UserError, unknown
+
+PHOTOS = Augmentation()  # METHOD.md, section 4
+# Small characters: mirrored they are other characters, cropped hard they are none.
+DRAWINGS = Augmentation(scale=(0.7, 1.0), ratio=(0.85, 1.18), flip=False, test_resize=None)
+
+Images = Tensor | list[Path]  # uint8 [n, 3, h, w], or one path each
+Contents = tuple[Images, np.ndarray, Images, np.ndarray, list[str]]  # training and test images and labels, class names
+
+_PILOT = "get the archive that LAMDA-PILOT links in its README and unpack it there as {name}/train and {name}/test"
+_OWN = "put your images into train/<class>/ and test/<class>/ under data_path"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels, int64 `[n]`."""
+
+    images: Images
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Both splits, with `labels` indexing `classes` (natural order), and how images are augmented."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: list[str]
+    augmentation: Augmentation = PHOTOS
+
+
+def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
+    """The data set `name`, its files taken from `data_path`; whatever is wrong with them is a UserError.
+
+    `seed` draws the images of a data set that is made rather than read (`glyphs`)."""
+    if name not in DATASETS:
+        raise unknown("dataset", name, DATASETS)
+    dataset = DATASETS[name](Path(data_path).expanduser(), seed)
+    for split, labels in (("training", dataset.train.labels), ("test", dataset.test.labels)):
+        for label in np.flatnonzero(np.bincount(labels, minlength=len(dataset.classes)) == 0):
+            raise UserError(
+                f"data_path: class '{dataset.classes[label]}' of data set '{dataset.name}' has no {split} image; "
+                f"the files are incomplete, get them again."
+            )
+    return dataset
+
+
+def _digits(data_path: Path, seed: int) -> Contents:
+    from utils.data.digits import load_digits  # imported when asked for: scikit-learn takes a second to load
+
+    return load_digits()
+
+
+def _glyphs(data_path: Path, seed: int) -> Contents:
+    from utils.data.glyphs import load_glyphs  # imported when asked for: drawing them needs matplotlib
+
+    return load_glyphs(seed)
+
+
+def _pilot(folder: str) -> Callable[[Path, int], Contents]:
+    return lambda data_path, seed: read_folders(data_path, folder, _PILOT.format(name=folder))
+
+
+# How the images are augmented, and what gives them for (data_path, seed).
+READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
+    "cifar224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR100)),
+    "cifar10_224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR10)),
+    "imagenetr": (PHOTOS, _pilot("imagenet-r")),
+    "imageneta": (PHOTOS, _pilot("imagenet-a")),
+    "cub": (PHOTOS, _pilot("cub")),
+    "domainnet": (PHOTOS, lambda data_path, seed: read_domainnet(data_path)),
+    "folder": (PHOTOS, lambda data_path, seed: read_folders(data_path, None, _OWN)),
+    "digits": (DRAWINGS, _digits),
+    "glyphs": (DRAWINGS, _glyphs),
+}
+
+
+def _load(name: str, data_path: Path, seed: int) -> Dataset:
+    augmentation, read = READERS[name]
+    images, labels, test_images, test_labels, classes = read(data_path, seed)
+    return Dataset(name, Split(images, labels), Split(test_images, test_labels), classes, augmentation)
+
+
+DATASETS: dict[str, Callable[[Path, int], Dataset]] = {name: partial(_load, name) for name in READERS}
