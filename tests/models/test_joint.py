@@ -9,7 +9,7 @@ import torch
 import trainer
 from models import LEARNERS, load_network
 from models.controls import GATE_KEYS, GROWTH_KEYS
-from tests.learners import SMALL, Alone, learner_of, small_config
+from tests.learners import SMALL, learner_of, small_config
 from trainer import build
 from utils.config import config_from_dict, default_value
 from utils.errors import UserError
