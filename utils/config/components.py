@@ -74,9 +74,11 @@ def chosen(values: Mapping[str, Any]) -> dict[str, type[Component]]:
 
 
 def config_class(choices: Mapping[str, type[Component]]) -> type[Config]:
-    """The class of configs that make these `choices`."""
+    """The class of configs that make these `choices`. A component stands in for another chosen one that it inherits from."""
+    parts = [part for part in choices.values() if not any(other is not part and issubclass(other, part)
+                                                          for other in choices.values())]
     also = [part for key in choices for part in CHOICES[key].values() if part.always_known]
-    return _config_class(tuple(choices.values()), tuple(also))
+    return _config_class(tuple(parts), tuple(also))
 
 
 @functools.cache
