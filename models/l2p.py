@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -142,7 +141,7 @@ class L2P(GradientLearner):
 
     @classmethod
     def rebuild(cls, saved: SavedRun) -> SavedNetwork:
-        backbone, tensors = saved.backbone(), load_file(saved.file(f"prompts_task_{saved.task}.safetensors"))
+        backbone, tensors = saved.backbone(), saved.tensors(f"prompts_task_{saved.task}.safetensors")
         pool = PromptPool(tensors["prompts"], tensors["keys"], saved.config.top_k)
         return SavedNetwork(PromptedViT(backbone, pool), None, saved.head(backbone.width))
 

@@ -124,14 +124,14 @@ def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> t
     return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: int) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: float) -> None:
     """Gives every parameter group the learning rate of `epoch`; all follow the same factor."""
     factor = schedule_factor(config, task, epoch)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def schedule_factor(config: Config, task: int, epoch: int) -> float:
+def schedule_factor(config: Config, task: int, epoch: float) -> float:
     """Learning rate of `epoch` over the initial one.
 
     Cosine (Loshchilov & Hutter, 2017) falls to `min_lr` over `tuned_epoch` epochs and stays there.
