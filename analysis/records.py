@@ -1,7 +1,8 @@
 """The records (`results.json`) of finished runs: finding, checking and grouping them into streams and methods.
 
-A method is a set of runs that differ in their draw (the seeds of the run and of its class order) alone. A stream is what makes methods comparable: the same data, cut into
-the same tasks, on the same frozen backbone. Runs of one stream and one draw must have seen the same class order.
+A method is a set of runs that differ in their draw alone: the seeds of the run and of its class order. A stream is what makes
+methods comparable: the same data, cut into the same tasks, on the same frozen backbone. Runs of one stream and one draw must
+have seen the same class order.
 """
 
 import hashlib

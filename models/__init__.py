@@ -8,6 +8,7 @@ from models.base import BaseLearner, TaskReport
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
 from models.joint import Joint
+from models.litelora import LiteLoRA
 from models.recipes import GATES
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
@@ -15,6 +16,7 @@ from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
     "sdlora": SDLoRA,
+    "litelora": LiteLoRA,
     "finetune_head": FinetuneHead,
     "simplecil": SimpleCIL,
     "joint": Joint,

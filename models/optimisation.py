@@ -106,13 +106,13 @@ def epochs_of(config: Config, task: int) -> int:
 
 
 def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim.Optimizer:
-    """The task's optimizer; groups may carry their own `lr`, kept as `initial_lr`, and `weight_decay` 0 where none applies."""
+    """The task's optimizer, groups as for `optimizer_of`: `weight_decay` 0 where none applies."""
     decay = config.init_weight_decay if task == 0 else config.weight_decay
     return optimizer_of(config.optimizer, groups, learning_rate(config, task), config.momentum, decay)
 
 
 def optimizer_of(kind: str, groups: list[dict], rate: float, momentum: float, decay: float) -> torch.optim.Optimizer:
-    """An optimizer named in `OPTIMIZERS`, for groups that lack a rate or a decay of their own with these; `momentum` is SGD's."""
+    """The optimizer named `kind`; groups may carry their own `lr`, kept as `initial_lr`, and `weight_decay`. momentum: SGD's."""
     options = {"momentum": momentum} if kind == "sgd" else {}
     groups = [{**group, "initial_lr": group.get("lr", rate)} for group in groups]
     return OPTIMIZERS[kind](groups, lr=rate, weight_decay=decay, fused=True, **options)

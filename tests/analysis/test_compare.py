@@ -157,7 +157,8 @@ def test_more_tasks_or_another_backbone_are_another_stream(base, tmp_path):
     assert len(streams(tmp_path)) == 3
     # That a run stops after all of its tasks is no other stream, and no other method.
     save(tmp_path / "three", varied(base, 5, nb_tasks=3))
-    assert ("three", [5, 1993]) in [(m.name, [draw.seed for draw in m.runs]) for stream in streams(tmp_path) for m in stream.methods]
+    methods = [method for stream in streams(tmp_path) for method in stream.methods]
+    assert ("three", [5, 1993]) in [(method.name, [draw.seed for draw in method.runs]) for method in methods]
 
 
 def test_random_backbones_follow_the_seed_within_a_stream(base, tmp_path):
