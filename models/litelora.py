@@ -12,8 +12,8 @@ without the division. One scalar `alpha_i` per task starts at `init_alpha` and g
 - Decision: the adapter stays if `sigmoid(l_t) >= growth_threshold`, 0.5 as published, and from then on weighs `alpha_t`; else
   it leaves, and head rows stay as they are. Older gates are never trained again.
 
-Files: those of SD-LoRA. `beta_values` are `sigmoid(l_i)`, which the decision reads and which need not sum to 1; `beta_after` are
-the weights in force, 1 or 0.
+Files: those of SD-LoRA. `beta_values` are `sigmoid(l_i)`, which the decision reads and which need not sum to 1; `beta_after`
+are the weights in force, 1 or 0.
 
 Not as in that code: there every block and projection draws a `G` of its own, here one draw is shared, as METHOD.md wants it; a
 newcomer is open in phase 1 whatever its `init_logit`, there only if that is above 0; phase 2 ignores `milestones`, which its
