@@ -7,8 +7,9 @@ without the division. One scalar `alpha_i` per task starts at `init_alpha` and g
 - Task 0: `A_0`, `B_0` and its head rows, for `init_epoch` epochs; `alpha_0` stays as it is, and the adapter is kept.
 - Phase 1 of a later task: `A_t`, `B_t`, every alpha and the new head rows, cross-entropy, every gate open (`beta_i = 1`); the
   learning rates are cut at 60 % and 80 % of the epochs.
-- Phase 2: the logit `l_t` alone, from `init_logit`, by AdamW on cross-entropy + `lambda_sparsity` * `beta_t`. In the network
-  `beta_t = [l_t + G > 0]`, one `G ~ Gumbel(0, 1)` per step; its gradient is that of `sigmoid(l_t + G)` (straight-through).
+- Phase 2: the logit `l_t` alone, from `init_logit`, by AdamW on cross-entropy + `lambda_sparsity` * `|beta_t|`. In the network
+  `beta_t = [l_t + G > 0]`, one `G ~ Gumbel(0, 1)` per step; its gradient is that of `sigmoid(l_t + G)` (straight-through). The
+  slope of `|beta_t|` at 0 is 0: where the draw has closed the gate, the cross-entropy alone moves the logit.
 - Decision: the adapter stays if `sigmoid(l_t) >= growth_threshold`, 0.5 as published, and from then on weighs `alpha_t`; else
   it leaves, and head rows stay as they are. Older gates are never trained again.
 
@@ -166,7 +167,7 @@ class Selection(Recipe):
     def selection_step(self, step: int) -> Tensor:
         """One draw of noise and one merge, shared by all blocks and projections."""
         self._beta = self.learner.bank.train_step(self.noise(step))
-        return self.config.lambda_sparsity * self._beta[-1]
+        return self.config.lambda_sparsity * self._beta[-1].abs()
 
     def noise(self, step: int) -> Tensor:
         """Gumbel noise `[1]` of optimizer step `step`, keyed by (seed, task, step): the same in every process. All of a phase

@@ -112,7 +112,8 @@ def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim
 
 
 def optimizer_of(kind: str, groups: list[dict], rate: float, momentum: float, decay: float) -> torch.optim.Optimizer:
-    """The optimizer named `kind`; groups may carry their own `weight_decay` and `lr`, kept as `initial_lr`. momentum: SGD's."""
+    """The optimizer named `kind`, `momentum` being SGD's; groups may carry their own `weight_decay`, and `lr`, kept as
+    `initial_lr`."""
     options = {"momentum": momentum} if kind == "sgd" else {}
     groups = [{**group, "initial_lr": group.get("lr", rate)} for group in groups]
     return OPTIMIZERS[kind](groups, lr=rate, weight_decay=decay, fused=True, **options)

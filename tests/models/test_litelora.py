@@ -30,18 +30,18 @@ from utils.runs.runtime import log_to_console
 from utils.runs.signals import Stopped
 
 SMALL = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "model_name": "litelora",
-         "backbone_type": EMBEDDED, "init_epoch": 1, "epochs": 1, "batch_size": 32, "batch_size_p2": 32, "init_lr": 0.01, "lrate": 0.04,
-         "rank": 4, "device": "cpu", "filepath": "./unused/", "weight_decay": 0.1}
+         "backbone_type": EMBEDDED, "init_epoch": 1, "epochs": 1, "batch_size": 32, "batch_size_p2": 32, "init_lr": 0.01,
+         "lrate": 0.04, "rank": 4, "device": "cpu", "filepath": "./unused/", "weight_decay": 0.1}
 
 # What LiteLoRA's own file for CIFAR-100 says, key by key.
 OWN_FILE = {
-    "prefix": "reproduce", "dataset": "cifar224", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False,
-    "shuffle": True, "init_cls": 10, "increment": 10, "model_name": "litelora", "backbone_type": "vit_base_patch16_224_litelora",
-    "device": "0", "seed": [1993], "order_seed": [1993], "scheduler": "cosine", "min_lr": 5e-3, "tuned_epoch": 20,
-    "filepath": "./results/litelora_c100/", "init_epoch": 20, "init_lr": 8e-3, "init_milestones": [60, 120, 170],
-    "init_lr_decay": 0.1, "init_weight_decay": 0.0005, "lrate": 8e-3, "milestones": [40, 70], "lrate_decay": 0,
-    "batch_size": 128, "weight_decay": 2e-4, "init_alpha": 1.0, "init_logit": 0.5, "alpha_epochs": 20, "beta_epochs": 1, "lambda_sparsity": 0.035,
-    "binary_beta": True, "batch_size_p2": 128, "alpha_lr": 8e-3, "beta_lr": 0.05}
+    "prefix": "reproduce", "dataset": "cifar224", "memory_size": 0, "memory_per_class": 0, "fixed_memory": False, "shuffle":
+    True, "init_cls": 10, "increment": 10, "model_name": "litelora", "backbone_type": "vit_base_patch16_224_litelora",
+    "device": "0", "seed": [1993], "order_seed": [1993], "scheduler": "cosine", "min_lr": 0.005, "tuned_epoch": 20,
+    "filepath": "./results/litelora_c100/", "init_epoch": 20, "init_lr": 0.008, "init_milestones": [60, 120, 170],
+    "init_lr_decay": 0.1, "init_weight_decay": 0.0005, "lrate": 0.008, "milestones": [40, 70], "lrate_decay": 0, "batch_size":
+    128, "weight_decay": 0.0002, "init_alpha": 1.0, "init_logit": 0.5, "alpha_epochs": 20, "beta_epochs": 1,
+    "lambda_sparsity": 0.035, "binary_beta": True, "batch_size_p2": 128, "alpha_lr": 0.008, "beta_lr": 0.05}
 
 
 def small_config(**changes) -> Config:
@@ -49,7 +49,13 @@ def small_config(**changes) -> Config:
 
 
 class PlainLiteLoRA:
-    """Equation by equation: adapters as lists of factors, dense products, nothing merged, nothing kept between calls."""
+    """Equation by equation: adapters as lists of factors, dense products, nothing merged, nothing kept between calls.
+
+    The learner was also held against the forward of the published gate and layer (tanguy8001/LiteLoRA at 0fcb287, typed anew,
+    in float64, with one draw of noise in place of one per block and projection) on the batch of `prepared`, over eight draws:
+    all gradients and the prediction of phase 1 and the logit's gradient of phase 2 differ by less than 1e-8, relatively; the
+    losses, which the learner sums in float32, by less than 1e-7.
+    """
 
     def __init__(self, adapters: list[tuple[Tensor, Tensor]], alphas: Tensor, head: tuple[Tensor, Tensor]) -> None:
         self.vit = timm.create_model(EMBEDDED, pretrained=True, num_classes=0).requires_grad_(False).eval().double()
@@ -126,10 +132,10 @@ def test_phase_2_has_the_loss_and_the_one_gradient_of_the_formulas(is_open: bool
     extra = learner.phases(2)[1].step(step)
     clf, sparse, _ = learner.backward(images, labels, extra, len(images))
 
-    beta = torch.tensor(float(is_open), dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor(float(is_open), dtype=torch.float64, requires_grad=True)  # at 0 the slope of |beta| is 0
     plain.betas = torch.stack([*plain.betas[:2], beta])
     loss = plain.loss(images, labels - 4)
-    (loss + 0.3 * beta).backward()
+    (loss + 0.3 * beta.abs()).backward()
     soft = torch.sigmoid(0.5 + draws[step])
     assert close(clf, loss.detach()) and sparse == 0.3 * is_open
     (logit,) = (parameter for group in optimizer.param_groups for parameter in group["params"])
