@@ -211,8 +211,8 @@ def group_runs(runs: Iterable[Run]) -> list[Stream]:
     for members in by_stream.values():
         _check_same_data(members)
     slugs = _slugs([key[0] for key in by_stream])
-    return [Stream(title, slug, _tasks(members[0].result), tuple(members[0].result["config"].get("task_domains") or ()),
-                   _methods(members))
+    return [Stream(title, slug, tasks := _tasks(members[0].result),
+                   tuple((members[0].result["config"].get("task_domains") or ())[:tasks]), _methods(members))
             for members, title, slug in zip(by_stream.values(), _titles(by_stream), slugs, strict=True)]
 
 

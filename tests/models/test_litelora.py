@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import trainer
+from analysis.gates import main
 from backbone.embedded import EMBEDDED
 from models import load_network
 from models.litelora import LiteLoRA
@@ -257,6 +258,8 @@ def test_a_run_says_what_decided_and_can_be_loaded(tmp_path: Path) -> None:
     assert "Task 1, Epoch 2/2 => " in log and "sparse=" in log and f"(beta={values[2]:.4f} < 0.5000)" in log
     assert load_network(tmp_path, 2)(torch.rand(2, 3, 32, 32)).shape == (2, 6)
     assert load_network(tmp_path, 0).bank.tasks == [0]
+    report = gates(tmp_path)
+    assert report.startswith("# What the gate learned: digits, litelora, seed 1993, 3 tasks")
 
 
 STOPPED = {"nb_tasks": 2, "batch_size_p2": 8, "eval_every": 0, "head": "cosine"}
@@ -268,6 +271,12 @@ def whole(tmp_path_factory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("whole")
     trainer.run(small_config(filepath=str(folder), **STOPPED))
     return run_files(folder)
+
+
+def gates(folder: Path) -> str:
+    """What `python -m analysis.gates` writes."""
+    assert main([str(folder)]) == 0
+    return (folder / "gates" / "gates.md").read_text()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
