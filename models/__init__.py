@@ -9,7 +9,7 @@ from models.finetune_head import FinetuneHead
 from models.growth import RULES
 from models.joint import Joint
 from models.litelora import LiteLoRA
-from models.recipes import GATES
+from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
 from utils import config
@@ -22,7 +22,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "joint": Joint,
 }
 
-config.register(model_name=LEARNERS, gate=GATES, head=HEADS, growth_rule=RULES)
+config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)
 
 
 def load_network(folder: str | Path, task: int) -> SavedNetwork:

@@ -11,7 +11,7 @@ without the division. One scalar `alpha_i` per task starts at `init_alpha` and g
   `beta_t = [l_t + G > 0]`, one `G ~ Gumbel(0, 1)` per step; its gradient is that of `sigmoid(l_t + G)` (straight-through). The
   slope of `|beta_t|` at 0 is 0: where the draw has closed the gate, the cross-entropy alone moves the logit.
 - Decision: the adapter stays if `sigmoid(l_t) >= growth_threshold`, 0.5 as published, and from then on weighs `alpha_t`; else
-  it leaves, and head rows stay as they are. Older gates are never trained again.
+  it leaves, and head rows stay as they are (`row_fit` "with_adapter"). Older gates are never trained again.
 
 Files: those of SD-LoRA. `beta_values` are `sigmoid(l_i)`, which the decision reads and which need not sum to 1; `beta_after`
 are the weights in force, 1 or 0.
@@ -29,9 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from backbone.gates import Gate
+from models.artifacts import SavedNetwork, SavedRun
 from models.growth import Decision, Grounds, Rule, Threshold
 from models.optimisation import learning_rate, optimizer_of
 from models.recipes.base import AlphaKeys, Recipe
+from models.rows import RowFit
 from models.sdlora import AdapterKeys, SDLoRA
 from models.training import GradientLearner, Phase
 from utils.config import Config, KeyGroup, key
@@ -153,8 +155,9 @@ class Selection(Recipe):
         self.learner.bank.scale.copy_(self.learner.bank.product_ratio)
 
     def groups(self) -> list[dict]:
-        groups = super().groups() if self.learner.task > 0 else []
-        return [{**group, "weight_decay": self.config.weight_decay} for group in groups]
+        if self.learner.task == 0:
+            return []
+        return [{**self.group(self.learner.bank.alpha, self.config.alpha_lr), "weight_decay": self.config.weight_decay}]
 
     def select(self) -> torch.optim.Optimizer:
         """The optimizer of phase 2; freezes all else."""
@@ -194,9 +197,6 @@ class Selection(Recipe):
         if self.learner.bank.current is not None:
             self.learner.bank.commit(keep_norm=True)
 
-    def row_fit(self, dropped: bool, decision: Decision, state: list[Tensor] | None) -> None:
-        """Rows stay as they were trained, also without the adapter that they were trained with."""
-
     def figures(self) -> dict[str, float]:
         return {"beta": self.gate.logits[-1].sigmoid().item()}
 
@@ -234,6 +234,10 @@ class LiteLoRA(SDLoRA):
     def make_recipe(self) -> Selection:
         return Selection(self)
 
+    @classmethod
+    def rebuild(cls, saved: SavedRun) -> SavedNetwork:
+        return Selection.rebuild(saved)
+
     def make_room(self, task: int) -> None:
         self.bank.train_alpha = task > 0
         super().make_room(task)
@@ -256,11 +260,20 @@ class LiteLoRA(SDLoRA):
         config = self.config
         return optimizer_of(config.alpha_optimizer, self.groups(), learning_rate(config, self.task), config.momentum, 0.0)
 
+    def row_optimizer(self) -> torch.optim.Optimizer:
+        config, given = self.config, self.config.refit_lr is not None
+        kind, rate = ("sgd", config.refit_lr) if given else (config.alpha_optimizer, learning_rate(config, self.task))
+        return optimizer_of(kind, [{"params": self.head.trainable()}], rate, config.momentum, 0.0)
+
+    def row_fit(self, seen: list[Tensor]) -> RowFit | None:
+        """With `row_fit` "with_adapter" rows stay as trained, also once the adapter has left that they were trained with."""
+        return GradientLearner.row_fit(self, seen)
+
     def load_state(self, state: dict) -> None:
         self.bank.train_alpha = state["task"] > 0
         super().load_state(state)
 
 
-def stepped(milestones: list[int], factor: float, epoch: int) -> float:
+def stepped(milestones: list[int], factor: float, epoch: float) -> float:
     """Learning rate of `epoch` over the initial one: `factor` for every milestone that it has reached."""
     return factor ** sum(epoch >= milestone for milestone in milestones)

@@ -127,18 +127,13 @@ def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> t
     return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: int) -> None:
-    """Gives every parameter group the learning rate of `epoch`; all follow the same factor."""
-    scale_learning_rates(optimizer, schedule_factor(config, task, epoch))
-
-
 def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Gives every parameter group its initial learning rate times `factor`."""
+    """Gives every parameter group its initial learning rate times `factor`, such as `schedule_factor` of an epoch."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def schedule_factor(config: Config, task: int, epoch: int) -> float:
+def schedule_factor(config: Config, task: int, epoch: float) -> float:
     """Learning rate of `epoch` over the initial one.
 
     Cosine (Loshchilov & Hutter, 2017) falls to `min_lr` over `tuned_epoch` epochs and stays there.

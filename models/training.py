@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from backbone.heads import HEADS
 from models import optimisation
 from models.base import BaseLearner, TaskReport
-from models.optimisation import epochs_of, make_optimizer, scale_learning_rates, schedule_factor
+from models.optimisation import epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
+from models.rows import RowFit, RowFitKeys, fit_alike
 from utils.config import Config
 from utils.errors import UserError
 from utils.rng import generator
@@ -78,7 +79,7 @@ class Phase(NamedTuple):
     batch_size: int
     optimizer: Callable[[], torch.optim.Optimizer]
     step: Callable[[int], Tensor | None]
-    rate: Callable[[int], float]
+    rate: Callable[[float], float]
 
 
 class Position(NamedTuple):
@@ -99,7 +100,7 @@ class GradientLearner(BaseLearner):
     loss, which belongs to the step and not to the images.
     """
 
-    class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys):
+    class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys, RowFitKeys):
         """Training by gradient steps"""
 
     @classmethod
@@ -117,6 +118,9 @@ class GradientLearner(BaseLearner):
         self._position = Position(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
         self._skipped = 0
+        self._settled = False  # the task is decided and only its head rows may still have to be fitted
+        self._row_fit: RowFit | None = None
+        self._views_seen: list[Tensor] = []  # of a row fit that is to go on
 
     # ---- what a method adds
 
@@ -134,11 +138,26 @@ class GradientLearner(BaseLearner):
         return [Phase(epochs_of(config, task), config.batch_size, self.optimizer, self.before_step,
                       partial(schedule_factor, config, task))]
 
+    def row_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of a fit of the current task's head rows alone."""
+        return make_row_optimizer(self.config, self.head.trainable(), self.task)
+
+    def wants_step(self, step: int) -> bool:
+        """Whether the task is trained by optimizer step `step`, if its epochs have one."""
+        return not self._settled
+
     def before_step(self, step: int) -> Tensor | None:
         """Prepares optimizer step `step` of the task; returns a term to add to the loss, if the method has one."""
 
     def gate_weights(self) -> Tensor | None:
         """The gate weights of the current step, if the method has a gate."""
+
+    def settle(self) -> None:
+        """After the last step: makes the network what it stays."""
+
+    def row_fit(self, seen: list[Tensor]) -> RowFit | None:
+        """How the new head rows are fitted to the settled network, going on from the views `seen`; None leaves them."""
+        return fit_alike(self, seen) if self.config.row_fit == "alike" else None
 
     def figures(self) -> dict[str, float]:
         """Figures of the method for the progress display and the log."""
@@ -153,13 +172,14 @@ class GradientLearner(BaseLearner):
     def make_room(self, task: int) -> None:
         self.task = task
         self._optimizer, self._resumed, self._skipped = None, None, 0
+        self._settled, self._row_fit, self._views_seen = False, None, []
         self._position = Position(0, 0, 0, Meter(self.device))
         self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
 
     def train(self) -> None:
         begin = 0
         for phase in self.phases(self.task):
-            if self._position.epoch < begin + phase.epochs:
+            if self._position.epoch < begin + phase.epochs and self.wants_step(self._position.step):
                 self._train_phase(phase, begin)
             begin += phase.epochs
 
@@ -175,6 +195,8 @@ class GradientLearner(BaseLearner):
             _, first, step, meter = self._position
             batches = data.train_batches(task, epoch, size, skip=first, part=distributed.part())
             for batch, (images, labels) in enumerate(batches, first):
+                if not self.wants_step(step):
+                    break
                 total = data.images_in_batch(task, batch, size)
                 extra = phase.step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
@@ -191,6 +213,8 @@ class GradientLearner(BaseLearner):
                 self._show(epoch)
                 self.session.after_step()
             self._end_epoch(epoch)
+            if not self.wants_step(step):
+                break
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
 
     def backward(self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +246,13 @@ class GradientLearner(BaseLearner):
         return share.detach(), (logits.detach().argmax(1) == y).sum()
 
     def end_task(self) -> TaskReport:
-        self._optimizer = None
+        if not self._settled:
+            self.settle()
+            self._settled, self._optimizer = True, None
+        self._row_fit = self.row_fit(self._views_seen)
+        if self._row_fit is not None:
+            self._row_fit.run(whole=True)
+        self._row_fit = None
         self.head.commit()
         self.start_evaluation()  # statistics are taken of the network as it is evaluated
         sums = self.head.collect(self._task_features(), len(self.data.task_classes(self.task)))
@@ -256,6 +286,10 @@ class GradientLearner(BaseLearner):
 
     # ---- state
 
+    def epochs(self) -> int:
+        """Epochs of the current task, in all its phases."""
+        return sum(phase.epochs for phase in self.phases(self.task))
+
     def steps_in(self, task: int) -> int:
         return sum(phase.epochs * self.data.steps_per_epoch(task, phase.batch_size) for phase in self.phases(task))
 
@@ -270,10 +304,12 @@ class GradientLearner(BaseLearner):
         epoch, batch, step, meter = self._position
         return {"task": self.task, "head": self.head.snapshot(), "epoch": epoch, "batch": batch, "step": step,
                 "optimizer": None if self._optimizer is None else self._optimizer.state_dict(), "meter": meter.state(),
-                "skipped": self._skipped}
+                "skipped": self._skipped, "settled": self._settled,
+                "views_seen": self._views_seen if self._row_fit is None else self._row_fit.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.task, self._skipped = state["task"], state["skipped"]
+        self.task, self._skipped, self._settled = state["task"], state["skipped"], state["settled"]
+        self._views_seen = state["views_seen"]
         self.head.restore(state["head"])
         self._resumed = state["optimizer"]
         meter = Meter(self.device)
@@ -289,22 +325,19 @@ class GradientLearner(BaseLearner):
     # ---- log and checks
 
     def _show(self, epoch: int) -> None:
-        title = f"Task {self.task}, Epoch {epoch + 1}/{self._epochs()}"
+        title = f"Task {self.task}, Epoch {epoch + 1}/{self.epochs()}"
         if self.session.progress.step(title, self._shown_figures) or self.device.type == "cpu":
             self._stop_if_not_finite()
 
     def _end_epoch(self, epoch: int) -> None:
         self._stop_if_not_finite()
-        every, epochs, means = self.config.eval_every, self._epochs(), self._position.meter.read()
+        every, epochs, means = self.config.eval_every, self.epochs(), self._position.meter.read()
         wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
         test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
         parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
                  f"Train_accy {means['accuracy']:.2f}", *test]
         LOGGER.info(f"Task {self.task}, Epoch {epoch + 1}/{epochs} => {', '.join(parts)}")
         self._position = Position(epoch + 1, 0, self._position.step, Meter(self.device))
-
-    def _epochs(self) -> int:
-        return sum(phase.epochs for phase in self.phases(self.task))
 
     def _shown_figures(self) -> dict[str, float]:
         means = self._position.meter.read()
