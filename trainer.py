@@ -14,7 +14,6 @@ import torch
 
 from backbone import FrozenViT, create_backbone
 from models import LEARNERS
-from models.training import epochs_of
 from utils.config import Config, config_warnings
 from utils.data import load_dataset
 from utils.data.domains import first_appearances
@@ -103,7 +102,8 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
-        num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains)
+        num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains,
+        order_seed=config.order_seed)
     return backbone, data
 
 
@@ -210,10 +210,9 @@ class Run:
         backbone, self.data = build(config, self.seed, self.device)
         kind = LEARNERS[config.model_name]
         self.stream = kind.stream(self.data)
-        self.task_steps = [epochs_of(config, t) * self.stream.steps_per_epoch(t, config.batch_size) if kind.trains else 0
-                           for t in range(self.stream.nb_tasks)]
-        self.progress = Progress(sum(self.task_steps), terminal=None if distributed.is_main() else False)
         self.learner = kind(config, self.stream, backbone, self.seed, self)
+        self.task_steps = [self.learner.steps_in(task) for task in range(self.stream.nb_tasks)]
+        self.progress = Progress(sum(self.task_steps), terminal=None if distributed.is_main() else False)
 
     def _prepare(self) -> None:
         config, identity = self.config, self.learner.backbone.identity
@@ -221,7 +220,8 @@ class Run:
         on_main(write_json, self.folder / "split.json", split)
         order = json.dumps(self.data.class_order).encode()
         self.result = {
-            "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed, "versions": versions(),
+            "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed,
+            "order_seed": self.data.order_seed, "versions": versions(),
             "code": code_version(), "hardware": hardware(self.device), "environment": environment(),
             "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),

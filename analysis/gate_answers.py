@@ -82,7 +82,8 @@ def report(run: FinishedRun, answers: dict[str, Answer], pictures: bool = False)
     """Questions, definitions and tables as Markdown; with `pictures` links to them too."""
     config, tasks = run.config, len(run.gates)
     state = "" if run.result["finished"] else " so far (the run is not finished)"
-    parts = [f"# What the gate learned: {config.dataset}, {config.model_name}, gate {config.gate}, seed {run.result['seed']}, "
+    gate = f", gate {config.gate}" if hasattr(config, "gate") else ""
+    parts = [f"# What the gate learned: {config.dataset}, {config.model_name}{gate}, seed {run.result['seed']}, "
              f"{tasks} tasks{state}"]
     for number, (name, answer) in enumerate(answers.items(), 1):
         parts += [f"## {number}. {answer['question']}", textwrap.fill(answer["definition"], 110), TABLES[name](answer)]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.records import Method
+from analysis.records import Draw, Method
 from analysis.statistics import Paired, paired
 
 MIB = 2**20
@@ -73,7 +73,7 @@ def measures_of(methods: Sequence[Method]) -> list[Measure]:
     return [measure for measure in MEASURES if not measure.optional or any(values(method, measure) for method in methods)]
 
 
-def values(method: Method, measure: Measure) -> dict[int, float]:
+def values(method: Method, measure: Measure) -> dict[Draw, float]:
     """The figure of every seed that has it."""
     read = {seed: measure.read(run.result) for seed, run in method.runs.items()}
     return {seed: float(value) for seed, value in read.items() if value is not None}

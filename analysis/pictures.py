@@ -194,7 +194,7 @@ def _canvas(title: str, stream: Stream, names: Sequence[str], extra: int = 1) ->
     fewest, most = (pick(len(method.runs) for method in stream.methods) for pick in (min, max))
     sample = f"mean ± deviation over {most if fewest == most else f'{fewest} to {most}'} seeds"
     if len({seed for method in stream.methods for seed in method.runs}) == 1:
-        sample = f"seed {first.seed}"
+        sample = f"seed {first.draw}"
     axes.text(0.5, 1.02, f"{first.result['config']['dataset']}, {stream.tasks} tasks, {sample}",
               transform=axes.transAxes, ha="center", fontsize=9, color=GRAY)
     return figure, axes

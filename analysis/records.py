@@ -1,7 +1,8 @@
 """The records (`results.json`) of finished runs: finding, checking and grouping them into streams and methods.
 
-A method is a set of runs that differ in the seed alone. A stream is what makes methods comparable: the same data, cut into
-the same tasks, on the same frozen backbone. Runs of one stream and one seed must have seen the same class order.
+A method is a set of runs that differ in their draw alone: the seeds of the run and of its class order. A stream is what makes
+methods comparable: the same data, cut into the same tasks, on the same frozen backbone. Runs of one stream and one draw must
+have seen the same class order.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import models  # noqa: F401  (every key of every method)
 from utils.config import config_of_record
@@ -28,9 +29,19 @@ _SET_ASIDE = re.compile(r"\.old-\d+$")  # by --overwrite
 _NEEDED = ("finished", "config", "seed", "hardware", "backbone", "class_order_sha256", "tasks", "metrics")
 
 # Keys of the config that say how images are read, not which.
-_NOT_THE_STREAM = frozenset({"nb_tasks", "bad_images", "normalize"})
+_NOT_THE_STREAM = frozenset({"nb_tasks", "bad_images", "normalize", "order_seed"})
 _STREAM_KEYS = tuple(key for key in DataKeys.model_fields if key not in _NOT_THE_STREAM)
-_NOT_THE_METHOD = NOT_COMPARED | {"seed", "nb_tasks", *_STREAM_KEYS}
+_NOT_THE_METHOD = NOT_COMPARED | {"seed", "order_seed", "nb_tasks", *_STREAM_KEYS}
+
+
+class Draw(NamedTuple):
+    """What a run drew from: its seed, and that of its class order. Runs of two methods are paired by it."""
+
+    seed: int
+    order: int
+
+    def __str__(self) -> str:
+        return str(self.seed) if self.seed == self.order else f"{self.seed} (order {self.order})"
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,9 @@ class Run:
     labelled: bool = False
 
     @property
-    def seed(self) -> int:
-        return self.result["seed"]
+    def draw(self) -> Draw:
+        seed, order = self.result["seed"], self.result["config"].get("order_seed")
+        return Draw(seed, seed if order is None else order)
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Method:
-    """Runs that differ in the seed alone, by ascending seed."""
+    """Runs that differ in their draw alone, ascending."""
 
     name: str
-    runs: dict[int, Run]
+    runs: dict[Draw, Run]
 
 
 @dataclass(frozen=True)
@@ -199,8 +211,8 @@ def group_runs(runs: Iterable[Run]) -> list[Stream]:
     for members in by_stream.values():
         _check_same_data(members)
     slugs = _slugs([key[0] for key in by_stream])
-    return [Stream(title, slug, _tasks(members[0].result), tuple(members[0].result["config"].get("task_domains") or ()),
-                   _methods(members))
+    return [Stream(title, slug, tasks := _tasks(members[0].result),
+                   tuple((members[0].result["config"].get("task_domains") or ())[:tasks]), _methods(members))
             for members, title, slug in zip(by_stream.values(), _titles(by_stream), slugs, strict=True)]
 
 
@@ -215,14 +227,14 @@ def _stream_key(result: Mapping[str, Any]) -> tuple:
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
-    first: dict[int, Run] = {}
+    first: dict[Draw, Run] = {}
     for run in runs:
-        other = first.setdefault(run.seed, run)
+        other = first.setdefault(run.draw, run)
         for what, read in (("class orders", lambda result: result["class_order_sha256"]),
                            ("numbers of test images", lambda result: sum(result["tasks"][-1]["counts"]["images"])),
                            ("weights of the backbone", lambda result: result["backbone"]["sha256"])):
             if read(run.result) != read(other.result):
-                raise UserError(f"{run.path}: has seed {run.seed} of the same stream as {other.path}, but their {what} "
+                raise UserError(f"{run.path}: has seed {run.draw} of the same stream as {other.path}, but their {what} "
                                 "differ; they cannot be compared, leave one out.")
 
 
@@ -232,15 +244,15 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
         groups.setdefault((_identity(run.result), run.names[0] if run.labelled else None), []).append(run)
     methods: list[list[Run]] = []
     for members in groups.values():
-        if len({run.seed for run in members}) == len(members):
+        if len({run.draw for run in members}) == len(members):
             methods.append(members)
             continue
         again: dict[str, list[Run]] = {}  # the same config ran twice: by name
         for run in members:
             again.setdefault(run.names[0], []).append(run)
-        methods += [_one_per_seed(same) for same in again.values()]
+        methods += [_one_per_draw(same) for same in again.values()]
     names = _unique_names(methods)
-    return [Method(name, {run.seed: run for run in sorted(members, key=lambda run: run.seed)})
+    return [Method(name, {run.draw: run for run in sorted(members, key=lambda run: run.draw)})
             for name, members in zip(names, methods, strict=True)]
 
 
@@ -256,12 +268,12 @@ def _config(result: Mapping[str, Any]) -> dict[str, Any]:
         return dict(result["config"])
 
 
-def _one_per_seed(runs: list[Run]) -> list[Run]:
-    by_seed: dict[int, Run] = {}
+def _one_per_draw(runs: list[Run]) -> list[Run]:
+    by_draw: dict[Draw, Run] = {}
     for run in runs:
-        other = by_seed.setdefault(run.seed, run)
+        other = by_draw.setdefault(run.draw, run)
         if run is not other:
-            raise UserError(f"{run.path}: is another run of '{run.names[0]}' with seed {run.seed} than {other.path}; leave "
+            raise UserError(f"{run.path}: is another run of '{run.names[0]}' with seed {run.draw} than {other.path}; leave "
                             "one out, or name one with --label PATH=NAME.")
     return runs
 

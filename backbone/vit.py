@@ -20,6 +20,8 @@ from utils.rng import stream_seed
 
 # SD-LoRA's results are with this tag (METHOD.md, section 4); timm's own default for the bare name may change.
 DEFAULT_TAGS = {"vit_base_patch16_224": "augreg2_in21k_ft_in1k"}
+# Names that the configs of published code give to a network which timm has under another one.
+ALIASES = {"vit_base_patch16_224_litelora": "vit_base_patch16_224"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 def _full_name(name: str) -> str:
     """`name` with its tag; unknown names and tags are refused with the nearest known one."""
-    bare, _, tag = name.partition(".")
+    bare, _, tag = ALIASES.get(name, name).partition(".")
     if not timm.is_model(bare):
         known = timm.list_models("*vit*")
         raise UserError(f"backbone_type: '{name}' is not a timm model; any timm vision transformer with a fused attn.qkv can "

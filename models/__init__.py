@@ -9,6 +9,7 @@ from models.finetune_head import FinetuneHead
 from models.growth import RULES
 from models.joint import Joint
 from models.l2p import L2P
+from models.litelora import LiteLoRA
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
@@ -16,6 +17,7 @@ from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
     "sdlora": SDLoRA,
+    "litelora": LiteLoRA,
     "finetune_head": FinetuneHead,
     "simplecil": SimpleCIL,
     "joint": Joint,

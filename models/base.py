@@ -57,7 +57,6 @@ class BaseLearner(Component, ABC):
     the same tensors.
     """
 
-    trains = True  # by gradient steps, which the progress display counts
     reads_class_token_alone = True  # of the backbone's last block, which is then shortened
 
     def __init__(self, config: Config, data: DataManager, backbone: FrozenViT, seed: int, session: Session) -> None:
@@ -93,6 +92,10 @@ class BaseLearner(Component, ABC):
     @abstractmethod
     def train(self) -> None:
         """Learns the current task, from where `load_state` left it."""
+
+    def steps_in(self, task: int) -> int:
+        """Optimizer steps that `task` is trained for, which the progress display counts."""
+        return 0
 
     def steps_done(self) -> int:
         """Optimizer steps of the current task so far."""

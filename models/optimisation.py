@@ -109,11 +109,17 @@ def epochs_of(config: Config, task: int) -> int:
 
 
 def make_optimizer(config: Config, groups: list[dict], task: int) -> torch.optim.Optimizer:
-    """The task's optimizer; groups may carry their own `lr`, kept as `initial_lr`, and `weight_decay` 0 where none applies."""
+    """The task's optimizer, groups as for `optimizer_of`: `weight_decay` 0 where none applies."""
     decay = config.init_weight_decay if task == 0 else config.weight_decay
-    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    groups = [{**group, "initial_lr": group.get("lr", learning_rate(config, task))} for group in groups]
-    return OPTIMIZERS[config.optimizer](groups, lr=learning_rate(config, task), weight_decay=decay, fused=True, **options)
+    return optimizer_of(config.optimizer, groups, learning_rate(config, task), config.momentum, decay)
+
+
+def optimizer_of(kind: str, groups: list[dict], rate: float, momentum: float, decay: float) -> torch.optim.Optimizer:
+    """The optimizer named `kind`, `momentum` being SGD's; groups may carry their own `weight_decay`, and `lr`, kept as
+    `initial_lr`."""
+    options = {"momentum": momentum} if kind == "sgd" else {}
+    groups = [{**group, "initial_lr": group.get("lr", rate)} for group in groups]
+    return OPTIMIZERS[kind](groups, lr=rate, weight_decay=decay, fused=True, **options)
 
 
 def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> torch.optim.Optimizer:
@@ -124,9 +130,8 @@ def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> t
     return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: float) -> None:
-    """Gives every parameter group the learning rate of `epoch`; all follow the same factor."""
-    factor = schedule_factor(config, task, epoch)
+def scale_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Gives every parameter group its initial learning rate times `factor`, such as `schedule_factor` of an epoch."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.optimisation import epochs_of, make_row_optimizer, set_learning_rates
+from models.optimisation import scale_learning_rates
 from utils.config import KeyGroup, key
 from utils.rng import generator
 from utils.runs import distributed
@@ -70,11 +70,11 @@ class RowFit:
         labels = [self._labels(view) for view in range(self.views)]
         for view in range(len(self.features), self.views):
             self.features.append(self._look(view, whole))
-        optimizer = make_row_optimizer(learner.config, learner.head.trainable(), learner.task)
-        loss, trained = torch.zeros((), device=learner.device), epochs_of(learner.config, learner.task)
+        optimizer, training = learner.row_optimizer(), learner.phases(learner.task)[0]
+        loss = torch.zeros((), device=learner.device)
         for epoch in range(self.epochs):
             if self.scheduled:
-                set_learning_rates(optimizer, learner.config, learner.task, epoch * trained / self.epochs)
+                scale_learning_rates(optimizer, training.rate(epoch * training.epochs / self.epochs))
             view = epoch % self.views
             loss = self._epoch(optimizer, self.features[view], labels[view], epoch)
             learner.work("row fit", epoch, self.epochs)
@@ -89,7 +89,7 @@ class RowFit:
 
     def _epoch_number(self, view: int) -> int:
         """By which augmentation is keyed: views follow the epochs of training."""
-        return epochs_of(self.learner.config, self.learner.task) + view
+        return self.learner.epochs() + view
 
     @torch.no_grad()
     def _look(self, view: int, whole: bool) -> Tensor:
@@ -127,5 +127,5 @@ class RowFit:
 def fit_alike(learner: "GradientLearner", seen: list[Tensor]) -> RowFit:
     """The fit of `row_fit` "alike": from 0, so that the rows of every task start and end in the same way."""
     learner.head.clear()
-    epochs = learner.config.row_epochs or epochs_of(learner.config, learner.task)
+    epochs = learner.config.row_epochs or learner.phases(learner.task)[0].epochs
     return RowFit(learner, epochs, learner.config.row_views, scheduled=True, state=seen)

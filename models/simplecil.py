@@ -17,7 +17,6 @@ from utils.runs import distributed
 class SimpleCIL(BaseLearner):
     """A control: nearest class mean by cosine similarity on frozen features, nothing trained (Zhou et al., 2023)."""
 
-    trains = False
     kind = CosineHead.kind  # its file is that of a cosine head
 
     def __init__(self, *args, **kwargs) -> None:

@@ -1,7 +1,8 @@
 """Learning a task by gradient descent: the loop that the methods with a trained head share, and what it sums up."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from backbone.heads import HEADS
 from models import optimisation
 from models.base import BaseLearner, TaskReport
-from models.optimisation import epochs_of, make_optimizer, set_learning_rates
+from models.optimisation import epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
 from models.rows import RowFit, RowFitKeys, fit_alike
 from utils.config import Config
 from utils.errors import UserError
@@ -67,8 +68,23 @@ class Meter:
                 "accuracy": 100 * correct / max(self.images, 1)}
 
 
+class Phase(NamedTuple):
+    """A part of a task's training with an optimizer of its own, made when the phase begins.
+
+    step: prepares an optimizer step, counted within the task; returns a term to add to the loss, if there is one. rate: of an
+    epoch, counted within the phase, the learning rates over the initial ones.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: Callable[[], torch.optim.Optimizer]
+    step: Callable[[int], Tensor | None]
+    rate: Callable[[float], float]
+
+
 class Position(NamedTuple):
-    """How far the current task has come: the next epoch, batch within it and optimizer step; the epoch's sums so far."""
+    """How far the current task has come, through all its phases: the next epoch, batch within it and optimizer step; the
+    epoch's sums so far."""
 
     epoch: int
     batch: int
@@ -116,6 +132,16 @@ class GradientLearner(BaseLearner):
         """The current task's optimizer, before its first step."""
         return make_optimizer(self.config, self.groups(), self.task)
 
+    def phases(self, task: int) -> list[Phase]:
+        """The parts of `task`'s training, in turn: a single one, unless a method says otherwise."""
+        config = self.config
+        return [Phase(epochs_of(config, task), config.batch_size, self.optimizer, self.before_step,
+                      partial(schedule_factor, config, task))]
+
+    def row_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of a fit of the current task's head rows alone."""
+        return make_row_optimizer(self.config, self.head.trainable(), self.task)
+
     def wants_step(self, step: int) -> bool:
         """Whether the task is trained by optimizer step `step`, if its epochs have one."""
         return not self._settled
@@ -159,27 +185,34 @@ class GradientLearner(BaseLearner):
             self.head.clear()  # an adapter that is trained with rows of 0 moves the features less (docs/LOG.md)
 
     def train(self) -> None:
-        config, task, data = self.config, self.task, self.data
-        if not self.wants_step(self._position.step):
-            return
-        optimizer = self._optimizer = self.optimizer()
+        begin = 0
+        for phase in self.phases(self.task):
+            if self._position.epoch < begin + phase.epochs and self.wants_step(self._position.step):
+                self._train_phase(phase, begin)
+            begin += phase.epochs
+
+    def _train_phase(self, phase: Phase, begin: int) -> None:
+        """What is left of a phase; `begin`: the epoch of the task with which it starts."""
+        task, data, size = self.task, self.data, phase.batch_size
+        optimizer = self._optimizer = phase.optimizer()
         if self._resumed is not None:
             optimizer.load_state_dict(self._resumed)
-        for epoch in range(self._position.epoch, epochs_of(config, task)):
-            set_learning_rates(optimizer, config, task, epoch)
+            self._resumed = None
+        for epoch in range(self._position.epoch, begin + phase.epochs):
+            scale_learning_rates(optimizer, phase.rate(epoch - begin))
             _, first, step, meter = self._position
-            batches = data.train_batches(task, epoch, config.batch_size, skip=first, part=distributed.part())
+            batches = data.train_batches(task, epoch, size, skip=first, part=distributed.part())
             for batch, (images, labels) in enumerate(batches, first):
                 if not self.wants_step(step):
                     break
-                total = data.images_in_batch(task, batch, config.batch_size)
-                extra = self.before_step(step)
+                total = data.images_in_batch(task, batch, size)
+                extra = phase.step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
                 add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
-                if config.max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(self._trained(), config.max_grad_norm)
-                if config.nan_policy == "skip" and not finite:
+                if self.config.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
+                if self.config.nan_policy == "skip" and not finite:
                     self._skip(meter)
                 else:
                     meter.add(clf, sparse, correct, total)
@@ -263,6 +296,13 @@ class GradientLearner(BaseLearner):
 
     # ---- state
 
+    def epochs(self) -> int:
+        """Epochs of the current task, in all its phases."""
+        return sum(phase.epochs for phase in self.phases(self.task))
+
+    def steps_in(self, task: int) -> int:
+        return sum(phase.epochs * self.data.steps_per_epoch(task, phase.batch_size) for phase in self.phases(task))
+
     def steps_done(self) -> int:
         return self._position.step
 
@@ -295,13 +335,13 @@ class GradientLearner(BaseLearner):
     # ---- log and checks
 
     def _show(self, epoch: int) -> None:
-        title = f"Task {self.task}, Epoch {epoch + 1}/{epochs_of(self.config, self.task)}"
+        title = f"Task {self.task}, Epoch {epoch + 1}/{self.epochs()}"
         if self.session.progress.step(title, self._shown_figures) or self.device.type == "cpu":
             self._stop_if_not_finite()
 
     def _end_epoch(self, epoch: int) -> None:
         self._stop_if_not_finite()
-        every, epochs, means = self.config.eval_every, epochs_of(self.config, self.task), self._position.meter.read()
+        every, epochs, means = self.config.eval_every, self.epochs(), self._position.meter.read()
         wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
         test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
         parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
@@ -335,7 +375,7 @@ class GradientLearner(BaseLearner):
         if bad is None:
             return
         step, what = bad
-        epoch = step // self.data.steps_per_epoch(self.task, self.config.batch_size) + 1
+        epoch = self._position.epoch + 1
         figures = "".join(f", {name} {value:.3f}" for name, value in self.figures().items())
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({g["lr"] for g in self._optimizer.param_groups}, reverse=True))
         raise UserError(f"The {what} is no longer finite at task {self.task}, epoch {epoch}, step {step}{figures}, learning "

@@ -41,7 +41,7 @@ class DataManager:
     `copies` processes share this machine's main memory. `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
     beforehand and leaves those out. `task_domains`: the image domain of every task (utils/data/domains.py); None shows
-    all images as they are.
+    all images as they are. `order_seed`: draws the class order, by default `seed` does.
 
     class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
     order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`. bad_images: files
@@ -66,6 +66,7 @@ class DataManager:
         copies: int = 1,
         bad_images: str = "stop",
         task_domains: list[str] | None = None,
+        order_seed: int | None = None,
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
@@ -75,7 +76,8 @@ class DataManager:
         self.task_sizes = task_sizes(len(dataset.classes), init_cls, increment, nb_tasks)
         self.nb_tasks = len(self.task_sizes)
         self._bounds = np.concatenate([[0], np.cumsum(self.task_sizes)]).tolist()
-        self.class_order = class_order(len(dataset.classes), seed, shuffle)[: self._bounds[-1]]
+        self.order_seed = seed if order_seed is None else order_seed
+        self.class_order = class_order(len(dataset.classes), self.order_seed, shuffle)[: self._bounds[-1]]
         self.class_names = [dataset.classes[label] for label in self.class_order]
         self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
         self.bad_images: list[str] = []

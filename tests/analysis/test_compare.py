@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from analysis.compare import compare, main
-from analysis.measures import MEASURES, measures_of
+from analysis.measures import MEASURES, difference, measures_of
 from analysis.pictures import growth_figure, heatmap_figure, non_dominated, pareto_figure
 from analysis.records import find_runs, group_runs
 from tests.helpers import ROOT
@@ -56,7 +56,7 @@ def streams(*paths: Path, **labels: Path):
 
 def methods(*paths: Path, **labels: Path) -> list[tuple[str, list[int]]]:
     (stream,) = streams(*paths, **labels)
-    return [(method.name, list(method.runs)) for method in stream.methods]
+    return [(method.name, [draw.seed for draw in method.runs]) for method in stream.methods]
 
 
 def refused(capsys, *arguments: str | Path) -> str:
@@ -77,7 +77,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_a_true_record_is_read_with_all_its_measures(trained):
     (stream,) = streams(trained)
     (method,) = stream.methods
-    result = method.runs[1993].result
+    result = method.runs[(1993, 1993)].result
     read = {measure.key: measure.read(result) for measure in MEASURES}
     assert (method.name, stream.tasks) == ("tiny", 2)
     assert read["last_accuracy"] == result["metrics"]["top1_curve"][-1]
@@ -157,7 +157,25 @@ def test_more_tasks_or_another_backbone_are_another_stream(base, tmp_path):
     assert len(streams(tmp_path)) == 3
     # That a run stops after all of its tasks is no other stream, and no other method.
     save(tmp_path / "three", varied(base, 5, nb_tasks=3))
-    assert ("three", [5, 1993]) in [(m.name, sorted(m.runs)) for stream in streams(tmp_path) for m in stream.methods]
+    methods = [method for stream in streams(tmp_path) for method in stream.methods]
+    assert ("three", [5, 1993]) in [(method.name, [draw.seed for draw in method.runs]) for method in methods]
+
+
+def test_runs_are_paired_by_seed_and_class_order(base, tmp_path):
+    for order in (None, 7, 8):
+        for name in ("one", "two") if order != 8 else ("one",):
+            record = varied(base, 5, order_seed=order, rank=2 if name == "one" else 4)
+            save(tmp_path / name / str(order), {**record, "class_order_sha256": str(order)})
+    (stream,) = streams(tmp_path)
+    one, two = sorted(stream.methods, key=lambda method: -len(method.runs))
+    assert [str(draw) for draw in one.runs] == ["5", "5 (order 7)", "5 (order 8)"]
+    assert [str(draw) for draw in two.runs] == ["5", "5 (order 7)"]
+    assert difference(one, two, MEASURES[0], 0.5).n == 2
+    # The seed of the run is a seed of its class order as well.
+    save(tmp_path / "same", varied(base, 6, order_seed=6, rank=2))
+    save(tmp_path / "null", varied(base, 6, rank=4))
+    (stream,) = streams(tmp_path / "same", tmp_path / "null")
+    assert [list(method.runs) for method in stream.methods] == [[(6, 6)], [(6, 6)]]
 
 
 def test_random_backbones_follow_the_seed_within_a_stream(base, tmp_path):

@@ -280,6 +280,7 @@ def test_no_network_is_one_sentence_with_the_ways_out(monkeypatch: pytest.Monkey
 
 def test_names_resolve_to_tags() -> None:
     assert _full_name("vit_base_patch16_224") == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert _full_name("vit_base_patch16_224_litelora") == _full_name("vit_base_patch16_224")  # as LiteLoRA's files call it
     assert _full_name("vit_base_patch16_224.dino") == "vit_base_patch16_224.dino"
     assert _full_name("vit_small_patch14_dinov2") == "vit_small_patch14_dinov2.lvd142m"
     assert _full_name("vit_glyph_tiny_patch8_32") == "vit_glyph_tiny_patch8_32"

@@ -52,6 +52,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return load_dataset("folder", root)
 
 
+def test_order_seed_draws_the_class_order_and_nothing_else() -> None:
+    plain, apart, other = (manager(tensor_dataset(), seed=seed, order_seed=order, val_fraction=0.25)
+                           for seed, order in ((5, None), (5, 6), (6, None)))
+    assert apart.class_order == other.class_order != plain.class_order
+    first = [data.split_record()["tasks"][0] for data in (apart, other)]
+    assert first[0]["classes"] == first[1]["classes"] and first[0]["val"] != first[1]["val"], "held out by the run's own seed"
+
+
 def test_class_order_is_the_published_one() -> None:
     order = class_order(100, 1993, shuffle=True)
     assert order[:10] == [68, 56, 78, 8, 23, 84, 90, 65, 74, 76]

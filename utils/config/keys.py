@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from utils.config.rules import MAX_SEED, Devices, FilePath, Name, NoFixedMemory, NoMemory, Seeds, Text
+from utils.config.rules import MAX_SEED, Devices, FilePath, Name, NoFixedMemory, NoMemory, OneSeed, Seeds, Text
 
 
 class KeyGroup(BaseModel):
@@ -106,6 +106,9 @@ class DataKeys(KeyGroup):
         unset="images as they are", allowed="a list of domains, one per task")
     shuffle: bool = key(
         True, "Draw the class order from the seed, as PILOT does; false keeps the data set's own order.")
+    order_seed: OneSeed | None = key(
+        None, "Seed of the class order alone; `seed` then draws everything else.", unset="the run's seed",
+        allowed=f"an integer from 0 to {MAX_SEED}")
     normalize: Literal["none", "backbone"] = key(
         "none",
         'Image normalisation: `"none"` feeds values in 0..1 as SD-LoRA does, `"backbone"` applies the mean '

@@ -87,8 +87,9 @@ def _falsy(value: int) -> int:
     return value
 
 
-def _one_or_list(item: dict[str, Any], distinct: bool = True) -> WithJsonSchema:
-    several = {"type": "array", "items": item, "minItems": 1, **({"uniqueItems": True} if distinct else {})}
+def _one_or_list(item: dict[str, Any], distinct: bool = True, most: int | None = None) -> WithJsonSchema:
+    limits = {**({"uniqueItems": True} if distinct else {}), **({"maxItems": most} if most else {})}
+    several = {"type": "array", "items": item, "minItems": 1, **limits}
     return WithJsonSchema({"anyOf": [item, several]})
 
 
@@ -110,6 +111,13 @@ Seeds = Annotated[
     BeforeValidator(_as_list),
     AfterValidator(_distinct),
     _one_or_list({"type": "integer", "minimum": 0, "maximum": MAX_SEED}),
+]
+# SD-LoRA's descendants write the seed of the class order as a list of one.
+OneSeed = Annotated[
+    int,
+    Field(ge=0, le=MAX_SEED),
+    BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value),
+    _one_or_list({"type": "integer", "minimum": 0, "maximum": MAX_SEED}, most=1),
 ]
 Epochs = Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
 RankSteps = Annotated[

@@ -87,6 +87,7 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "imagenetr": (PHOTOS, _pilot("imagenet-r")),
     "imageneta": (PHOTOS, _pilot("imagenet-a")),
     "cub": (PHOTOS, _pilot("cub")),
+    "cub200": (PHOTOS, _pilot("cub")),  # what LiteLoRA's configs call it
     "domainnet": (PHOTOS, lambda data_path, seed: read_domainnet(data_path)),
     "folder": (PHOTOS, lambda data_path, seed: read_folders(data_path, None, _OWN)),
     "digits": (DRAWINGS, _digits),
