@@ -17,7 +17,6 @@ from utils.rng import generator
 from utils.runs import distributed
 from utils.runs.progress import LOGGER
 
-
 if TYPE_CHECKING:
     from models.training import GradientLearner
 
