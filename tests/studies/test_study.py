@@ -68,7 +68,7 @@ record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).h
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(study_runner, "MAIN", script)
+    monkeypatch.setattr(command, "__file__", str(script))
     return script
 
 
@@ -365,12 +365,9 @@ def test_an_error_of_the_runner_leaves_no_run_behind(tmp_path: Path, stand_in: P
 
 PARENT = """
 import sys
-from pathlib import Path
-from studies import runner as study_runner
-from utils.runs.progress import LOGGER
+from studies.runner import perform
 from studies.study import load_study
-study_runner.MAIN = Path(sys.argv[1])
-study_runner.run_study(load_study(sys.argv[2]), lambda config: None)
+perform(load_study(sys.argv[2]), [sys.executable, sys.argv[1]])
 """
 
 

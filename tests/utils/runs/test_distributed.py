@@ -170,10 +170,9 @@ def test_a_signal_to_one_process_stops_all_and_torchrun_goes_on(together: Path, 
 def faulty(folder: Path, config: Path, fault: str) -> subprocess.CompletedProcess:
     """The plain command with two processes, of which process 1 has the fault."""
     (folder / "faulty.py").write_text(FAULTY)
-    script = ("import sys; from pathlib import Path; from main import parse; from utils.runs import processes as launch\n"
-              "launch._MAIN = Path(sys.argv[1])\n"
-              "sys.exit(launch.start(2, parse(['--config', sys.argv[2], '--device', 'cpu', 'cpu']), sys.argv[2]))")
-    return command(sys.executable, "-c", script, folder / "faulty.py", config, FAULT=fault, PYTHONPATH=str(ROOT))
+    script = "import sys; from utils.runs.processes import start; sys.exit(start(2, [sys.executable, *sys.argv[1:]]))"
+    return command(sys.executable, "-c", script, folder / "faulty.py", "--config", config, "--device", "cpu", "cpu",
+                   FAULT=fault, PYTHONPATH=str(ROOT))
 
 
 @pytest.mark.slow
