@@ -59,8 +59,7 @@ def run_all(options: argparse.Namespace, arguments: list[str]) -> int:
     from utils.config import load_config
     from utils.runs.runtime import log_to_console
 
-    flags, status = {"seed": options.seed, "device": options.device}, 0
-    this = [sys.executable, os.path.abspath(__file__)]
+    flags, this, status = {"seed": options.seed, "device": options.device}, [sys.executable, os.path.abspath(__file__)], 0
     configs = [(load_study if is_study(path) else load_config)(path, options.overrides, **flags) for path in options.config]
     log_to_console()
     for path, config in zip(options.config, configs, strict=True):

@@ -5,7 +5,6 @@ which save and end, and a study that is killed leaves none behind.
 """
 
 import ctypes
-import itertools
 import os
 import shlex
 import signal
@@ -101,8 +100,9 @@ class _Work:
         self.todo, self.jobs, self.command = todo, jobs, command
         self.threads = max(1, _cores() // jobs)
         self.guard = threading.Lock()  # of what follows
-        self.running: dict[subprocess.Popen, str] = {}  # with the device of each
-        self.left, self.turn, self.stopping = len(todo), itertools.count(), False
+        self.places = list(reversed(range(jobs)))  # that no run has; with each goes a device
+        self.running: list[subprocess.Popen] = []
+        self.left, self.stopping = len(todo), False
         self.failures: list[str] = []
 
     def finish(self) -> list[str]:
@@ -127,16 +127,15 @@ class _Work:
         with self.guard:
             if self.stopping:
                 return
-            names, turn, used = run.config.device, next(self.turn), list(self.running.values())
-            # Of the devices that the run may use the one with the fewest runs on it, in turn where several have as few.
-            device = min((names[(turn + step) % len(names)] for step in range(len(names))), key=used.count)
-            process = self._start(run, device, log)
-            self.running[process] = device
+            at = self.places.pop()
+            process = self._start(run, run.config.device[at % len(run.config.device)], log)
+            self.running.append(process)
             LOGGER.info(f"Started   {run.name} seed {run.seed}, log {log}")
         process.wait()
         seconds = format_seconds(time.monotonic() - started)
         with self.guard:
-            del self.running[process]
+            self.running.remove(process)
+            self.places.append(at)
             self.left -= 1
             try:
                 last = _record(run, process.returncode, log.with_suffix(".err"))["metrics"]["last_accuracy"]

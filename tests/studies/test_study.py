@@ -25,7 +25,7 @@ from studies.study import main as study_command
 from tests.helpers import ROOT
 from tests.learners import SMALL
 from trainer import check
-from utils.config import Config, load_config
+from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, write_sealed_json
 from utils.runs.lock import lock
@@ -116,7 +116,8 @@ def test_every_shipped_study_loads_and_is_strict_json(path: Path) -> None:
     assert study.filepath == Path(f"runs/studies/{path.stem}")
     for run in study.runs():
         check(run.config)
-        assert json.dumps(run.changes) == json.dumps({key: getattr(run.config, key) for key in run.changes})
+        given = {key: value for key, value in run.changes.items() if value is not None}
+        assert json.dumps(given) == json.dumps({key: getattr(run.config, key) for key in given})
 
 
 def test_no_shipped_config_is_taken_for_a_study() -> None:
@@ -158,6 +159,22 @@ def test_a_study_of_seeds_alone_and_comments(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     path.write_text("// a comment\n" + path.read_text().replace('"seed": [1, 2]', '"seed": 5, "_comment": "one"'))
     assert [(run.name, run.variant, run.seed, run.changes) for run in load_study(path).runs()] == [("base", "", 5, {})]
+
+
+@pytest.mark.parametrize("change", [{"variants": {"a": {"batch_size": None}}}, {"grid": {"batch_size": [None]}}])
+def test_null_is_as_if_the_base_did_not_give_the_key(change: dict, tmp_path: Path) -> None:
+    (run,) = load_study(write_study(tmp_path, {"batch_size": 7}, seed=1, **change)).runs()
+    default = config_from_dict({key: value for key, value in SMALL.items() if key != "batch_size"}).batch_size
+    assert run.config.batch_size == default != 7 and dict(run.changes) == {"batch_size": None}
+
+
+def test_a_variant_of_another_method_drops_what_has_no_effect_for_it(tmp_path: Path) -> None:
+    without = dict.fromkeys(["rank", "gate_lr", "init_epoch", "epochs", "init_lr", "lrate"])
+    path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil", **without}})
+    check(load_study(path).runs()[0].config)
+    path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil"}})
+    with pytest.raises(UserError, match="no effect"):
+        check(load_study(path).runs()[0].config)
 
 
 def test_names_are_safe_as_folders(tmp_path: Path) -> None:

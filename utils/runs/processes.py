@@ -80,6 +80,7 @@ def start(processes: int, command: list[str]) -> int:
                 # In a session of its own: a terminal's Ctrl-C would reach it twice, from the terminal and from here.
                 child = subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                                          stdin=subprocess.DEVNULL, start_new_session=True)
+                # At once, long before it can end: epoll tells in which order what it knows has ended.
                 running.register(os.pidfd_open(child.pid), selectors.EVENT_READ, rank)
                 children.append(child)
                 for number in received:

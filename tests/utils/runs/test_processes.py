@@ -38,17 +38,18 @@ if what == "fine":
 if what in ("fails", "killed") and rank == "1":
     sys.exit(3) if what == "fails" else os.kill(os.getpid(), signal.SIGKILL)
 if what == "fail in turn":
+    while not os.path.lexists(f"{folder}/pid_1"):
+        time.sleep(0.001)
     if rank == "1":
-        os.rename(f"{folder}/started_1", f"{folder}/pid_{os.getpid()}")
         os._exit(3)
-    while not (others := [name[4:] for name in os.listdir(folder) if name.startswith("pid_")]) or not has_ended(others[0]):
+    while not has_ended(os.readlink(f"{folder}/pid_1")):
         time.sleep(0.001)
     time.sleep(0.02)
     os._exit(4)
 time.sleep(60)
 """
 
-# The plain command with the stand-in. With a word more it is held, as a busy machine may hold it, until both have ended.
+# The plain command with the stand-in. To "fail in turn" it is held, as a busy machine may hold it, until both have ended.
 PARENT = """
 import os, sys, time
 from utils.runs import processes
@@ -56,6 +57,7 @@ processes.GRACE_SECONDS = 0.5
 if sys.argv[2] == "fail in turn":
     wait = processes._wait
     def wait_late(children, *arguments):
+        os.symlink(str(children[1].pid), os.path.dirname(sys.argv[1]) + "/pid_1")
         for child in children:
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         return wait(children, *arguments)
