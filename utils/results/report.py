@@ -45,16 +45,35 @@ def growth_lines(task: int, beta_values: Sequence[float], *, rule: str, kept: bo
     current = float(beta_values[-1])
     if rule == "threshold" and value is None:
         value = current
-    lines = [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",
-             f"{GROWTH} Current task beta: {current:.4f}, {_criterion(rule, limit, value)}"]
-    for old in evicted:
-        reason = _reason(rule, False, limit, float(beta_values[old]), old)
-        lines.append(f"{GROWTH} ✗ Pruning adapter for task {old} ({reason})")
-    shown = current if rule == "topk" else value
-    lines.append(f"{GROWTH} {'✓ Keeping' if kept else '✗ Pruning'} adapter for task {task} "
-                 f"({_reason(rule, kept, limit, shown, task)})")
-    lines.append(f"{GROWTH} Active adapters: {active}/{total} ({100 * active / total:.1f}%)")
-    return lines
+    return decision_lines(
+        task, beta_values, kept=kept, active=active, total=total, criterion=_criterion(rule, limit, value),
+        reason=_reason(rule, kept, limit, current if rule == "topk" else value, task),
+        evicted={old: _reason(rule, False, limit, float(beta_values[old]), old) for old in evicted})
+
+
+def decision_lines(task: int, beta_values: Sequence[float], *, criterion: str, reason: str, kept: bool, active: int,
+                   total: int, evicted: Mapping[int, str] | None = None) -> list[str]:
+    """The `[Conditional Growth]` lines of one decision, in the words of the rule that came to it.
+
+    `criterion`: what it reads, such as "threshold: 0.1000". `reason`: the comparison that decided, such as
+    "beta=0.0500 <= 0.1000". `evicted`: older tasks whose adapters it pruned, with the reason of each. The rest as above.
+    """
+    evicted = evicted or {}
+    return [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",
+            f"{GROWTH} Current task beta: {float(beta_values[-1]):.4f}, {criterion}",
+            *(f"{GROWTH} ✗ Pruning adapter for task {old} ({why})" for old, why in evicted.items()),
+            f"{GROWTH} {'✓ Keeping' if kept else '✗ Pruning'} adapter for task {task} ({reason})",
+            f"{GROWTH} Active adapters: {active}/{total} ({100 * active / total:.1f}%)"]
+
+
+def told_apart(value: float | None, limit: float, scientific: bool = False) -> tuple[str, str]:
+    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most)."""
+    for digits in (4, 6, 8, 10):
+        style = f".{digits - 2}e" if scientific else f".{digits}f"
+        texts = ("-" if value is None else format(value, style), format(limit, style))
+        if texts[0] != texts[1] or value == limit:
+            break
+    return texts
 
 
 def final_table(result: Mapping[str, Any]) -> str:
@@ -114,7 +133,7 @@ def _criterion(rule: str, limit: float | None, value: float | None) -> str:
     if rule not in _COMPARED:
         return f"rule: {rule}"
     quantity, limit_name = _COMPARED[rule]
-    shown, bound = _pair(rule, value, limit)
+    shown, bound = told_apart(value, limit, rule == "kd")
     return f"{limit_name}: {bound}" if quantity == "beta" else f"{quantity}: {shown}, {limit_name}: {bound}"
 
 
@@ -128,19 +147,8 @@ def _reason(rule: str, kept: bool, limit: float | None, value: float | None, tas
     if task == 0 and kept and (value is None or not value > limit):
         return "task 0 is always kept"
     quantity, _ = _COMPARED[rule]
-    shown, bound = _pair(rule, value, limit)
+    shown, bound = told_apart(value, limit, rule == "kd")  # squared residuals span many orders of magnitude
     return f"{quantity}={shown} {'>' if kept else '<='} {bound}"
-
-
-def _pair(rule: str, value: float | None, limit: float) -> tuple[str, str]:
-    """Value and limit with as many digits as it takes to tell them apart (four at least, ten at most)."""
-    for digits in (4, 6, 8, 10):
-        # Squared residuals span many orders of magnitude.
-        style = f".{digits - 2}e" if rule == "kd" else f".{digits}f"
-        texts = ("-" if value is None else format(value, style), format(limit, style))
-        if texts[0] != texts[1] or value == limit:
-            break
-    return texts
 
 
 def _summed_up(accuracies: Sequence[float | None], task: int) -> list[float | None]:

@@ -72,7 +72,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     devices = distributed.gathered(str(device))
     return {"device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "platform": platform.platform(), "processes": len(devices), "devices": devices,
-            "machines": distributed.machines()}
+            "machines": len(set(distributed.gathered(platform.node())))}
 
 
 def environment() -> dict[str, str]:

@@ -245,6 +245,7 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path, monkeypatch) -> Non
         assert same(checkpoints.load()[0], state_of(1))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_every_point_of_a_save(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, check=True, timeout=120)
 

@@ -96,6 +96,7 @@ def together(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(alone: Path, together: Path) -> None:
     one, two = epochs_of(alone), epochs_of(together)
     assert one.keys() == two.keys() and len(one) == 3
@@ -108,12 +109,14 @@ def test_two_processes_learn_what_one_does(alone: Path, together: Path) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_two_processes_decide_as_one_does(alone: Path, together: Path) -> None:
     one, two = result_of(alone), result_of(together)
     assert [task["kept"] for task in one["tasks"]] == [task["kept"] for task in two["tasks"]] == [True, False]
     assert two["tasks"][1]["numbers"]["val_loss"] == pytest.approx(one["tasks"][1]["numbers"]["val_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
     for one, two in zip(result_of(alone)["tasks"], result_of(together)["tasks"], strict=True):
         assert two["counts"]["images"] == one["counts"]["images"]
@@ -121,6 +124,7 @@ def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
             assert two["counts"][name] == pytest.approx(hits, abs=1), name
 
 
+@pytest.mark.slow
 def test_one_process_writes(alone: Path, together: Path) -> None:
     assert {path.name for path in alone.iterdir()} == {path.name for path in together.iterdir()}
     log = (together / "train.log").read_text()
@@ -128,6 +132,7 @@ def test_one_process_writes(alone: Path, together: Path) -> None:
     assert not list(together.glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_record_names_the_processes(alone: Path, together: Path) -> None:
     one, two = result_of(alone)["hardware"], result_of(together)["hardware"]
     assert (one["processes"], one["devices"], one["machines"]) == (1, ["cpu"], 1)

@@ -48,8 +48,8 @@ def test_steps_and_other_work_share_the_lines(clock: Clock, console: logging.Han
         clock.now += 1
         progress.work("Task 0: row fit, batch", done, 40)
     assert progress.done == 3 and fetched == [112.0]
-    assert capsys.readouterr().out.splitlines() == [
-        "Task 0, Epoch 1/2: step 3/20, loss 1.5, 1:08 left", *(f"Task 0: row fit, batch {done}/40" for done in (10, 20, 30, 40))]
+    assert capsys.readouterr().out.splitlines() == ["Task 0, Epoch 1/2: step 3/20, loss 1.5, 1:08 left",
+                                                    *(f"Task 0: row fit, batch {done}/40" for done in (10, 20, 30, 40))]
 
 
 def test_other_work_stands_on_the_bar_and_moves_it_not(clock: Clock, capsys) -> None:
