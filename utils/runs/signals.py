@@ -4,11 +4,11 @@ By hand, since a library's handler stops where it is: the run is to finish its s
 command line can put it in place before it loads torch.
 """
 
+import os
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
 
 # What the process exits with once the run is saved. SIGUSR1 is a job manager's warning that it is about to preempt the
 # run, answered with EX_TEMPFAIL: nothing is wrong, start the same command again.
@@ -30,13 +30,24 @@ class Signals:
     """Within `with Signals() as signals:`, SIGINT, SIGTERM and SIGUSR1 set `signals.received`, and nothing else.
 
     The training loop looks at it after each optimizer step. A second signal ends the process at once, in whatever call it
-    is: files are only ever renamed into place, so nothing half-written is left that matters. Does nothing outside the main
-    thread, which is the only one that may set handlers. Leaving restores what was there before.
+    is, with status 128 + number: files are only ever renamed into place, so nothing half-written is left that matters. Does
+    nothing outside the main thread, which is the only one that may set handlers. Leaving restores what was there before.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._first: signal.Signals | None = None
+        self._repeats_until, self._previous, self._left_to_kernel = 0.0, {}, False
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal, None before. From the first look at it the kernel acts on a second one: a handler would have to
+        wait while this thread is in a call that does not return, such as a save's flush to a slow disk."""
+        if self._first is not None and not self._left_to_kernel:
+            time.sleep(max(0.0, self._repeats_until - time.monotonic()))
+            self._left_to_kernel = True
+            for number in self._previous:
+                signal.signal(number, signal.SIG_DFL)
+        return self._first
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -49,14 +60,11 @@ class Signals:
         self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:  # a repeat, which interrupts the pause below
-            return
-        self.received = signal.Signals(number)
-        time.sleep(REPEAT_SECONDS)
-        for each in EXIT_STATUS:
-            # The kernel's own: a handler here would have to wait while the main thread is in a call that does not return,
-            # such as a flush to a slow disk, which is when somebody sends a second signal.
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._repeats_until = signal.Signals(number), now + REPEAT_SECONDS
+        elif now >= self._repeats_until:
+            os._exit(128 + number)
 
 
 def leave_to_parent(worker: int = 0) -> None:

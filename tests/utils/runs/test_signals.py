@@ -117,27 +117,39 @@ def test_the_second_signal_ends_the_process_within_a_call(first: signal.Signals,
 
 def test_one_stop_sent_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the group and by a launcher that passes it on: the run must have its time to save all the same."""
-    repeats = []
+    pauses = []
 
     def pause(seconds: float) -> None:
-        repeats.append(seconds)
-        for number in ALL:
-            signal.raise_signal(number)
+        pauses.append(seconds)
+        signal.raise_signal(signal.SIGUSR1)
 
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 60.0)
     monkeypatch.setattr(module.time, "sleep", pause)
     with Signals() as signals:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert signals.received is signals.received is signal.SIGTERM
+    assert len(pauses) == 1 and 50 < pauses[0] <= 60
+
+
+def test_a_second_signal_ends_the_process_before_anybody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(module.os, "_exit", ends.append)
+    with Signals():
         signal.raise_signal(signal.SIGTERM)
-        assert signals.received is signal.SIGTERM and repeats == [module.REPEAT_SECONDS]
+        signal.raise_signal(signal.SIGINT)
+    assert ends == [130]
 
 
-def test_after_the_first_signal_the_kernel_has_the_next_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_look_the_kernel_has_the_next_and_handlers_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPEAT_SECONDS", 0.0)
     before = {number: signal.getsignal(number) for number in ALL}
     for number in ALL:
         with Signals() as signals:
-            assert {signal.getsignal(each) for each in ALL} == {signals._note}
+            assert signals.received is None and {signal.getsignal(each) for each in ALL} == {signals._note}
             signal.raise_signal(number)
-            assert {signal.getsignal(each) for each in ALL} == {signal.SIG_DFL}
+            assert signals.received is number and {signal.getsignal(each) for each in ALL} == {signal.SIG_DFL}
         assert {each: signal.getsignal(each) for each in ALL} == before
 
 
