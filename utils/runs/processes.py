@@ -16,6 +16,8 @@ import time
 from types import FrameType
 from typing import NamedTuple
 
+from utils.errors import UserError
+
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 10.0  # for the others to notice that one process has failed; they cannot go on, and what is saved is whole
@@ -61,6 +63,9 @@ def start(processes: int, command: list[str]) -> int:
 
     Returns 0, or the exit status of the process that failed first: the others fail because of it, with another one.
     """
+    if sys.platform != "linux":  # whose epoll it is that tells which failed first
+        raise UserError("device: only on Linux are several processes started by the plain command; use torchrun "
+                        f"--nproc_per_node={processes}.")
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
