@@ -92,7 +92,7 @@ def together(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     ended = command(sys.executable, "main.py", "--config", write_config(folder), "--device", "cpu", "cpu")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.count("Task 1, Epoch 2/2") == 1
+    assert ended.stdout.count("Task 1, Epoch 2/2 =>") == 1
     return folder / "run"
 
 
@@ -128,7 +128,7 @@ def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
 def test_one_process_writes(alone: Path, together: Path) -> None:
     assert {path.name for path in alone.iterdir()} == {path.name for path in together.iterdir()}
     log = (together / "train.log").read_text()
-    assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1", "Pruning adapter for task 1", "Results: "))
+    assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1 =>", "Pruning adapter for task 1", "Results: "))
     assert not list(together.glob("*.ckpt"))
 
 
