@@ -127,6 +127,7 @@ def test_a_terminal_of_another_encoding_stops_no_run(monkeypatch: pytest.MonkeyP
     assert b"Keeping adapter for task 0\n" in narrow.buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_progress_lines_come_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Where output is no terminal, a line with step, loss, tau, accuracy and time left, every LINE_SECONDS."""
     monkeypatch.setattr(Progress, "LINE_SECONDS", 0.2)
