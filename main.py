@@ -1,4 +1,4 @@
-"""Command line of Gumbel CL-LoRA: reads configs and hands them to the trainer."""
+"""Command line of Gumbel CL-LoRA: reads configs and studies, and hands them to the trainer and the study runner."""
 
 import argparse
 import json
@@ -6,7 +6,8 @@ import os
 import sys
 
 from utils.errors import UserError
-from utils.runs import processes as launch
+from utils.runs import processes
+from utils.runs.progress import LOGGER
 from utils.runs.signals import Stopped
 
 
@@ -31,48 +32,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs configs and studies; the exit status is 0, 1 (a run failed), 2 (bad input), or 130, 143, 75."""
-    return launch.leave(run_all(parse(arguments)))
-
-
-def run_all(options: argparse.Namespace) -> int:
-    import models  # noqa: F401  (every key of every method)
-    from studies.study import Study, is_study, load_study
-    from utils.config import load_config
-    from utils.runs.progress import LOGGER
-
-    flags, status = {"seed": options.seed, "device": options.device}, 0
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, status = parse(arguments), 0
     try:
-        configs = [(load_study if is_study(path) else load_config)(path, options.overrides, **flags)
-                   for path in options.config]
-        for path, config in zip(options.config, configs, strict=True):
-            alone = options.dry_run or isinstance(config, Study)
-            if not alone and (processes := launch.processes_to_start(config.device)) > 1:
-                status = max(status, launch.start(processes, options, path))
-                continue
-            from studies.runner import perform
-            from trainer import describe, run  # loads torch: --help and mistakes in a config are answered without
-            from utils.runs.runtime import log_to_console
-
-            log_to_console()
-            if isinstance(config, Study):
-                status = max(status, perform(config, lambda c: None, options.dry_run, options.overwrite))
-            elif not options.dry_run:
-                run(config, options.overwrite)
-            elif launch.place().rank == 0:
-                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
+        status = run_all(options, arguments)
     except UserError as error:
-        if launch.speaks():
+        if processes.speaks():
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = 2
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:  # before training starts, when nothing has been written yet
-        return 130
+        status = 130
     except Stopped as stop:
         LOGGER.info(f"Stopped by {stop.signal.name}; everything is saved, the same command "
                     f"{'without --overwrite ' * options.overwrite}goes on from here.")
-        return stop.exit_status
+        status = stop.exit_status
+    return processes.leave(status)
+
+
+def run_all(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Everything that the command line names, in turn; the highest exit status."""
+    from studies.runner import perform  # loads torch, as the next do: --help is answered without
+    from studies.study import Study, is_study, load_study
+    from trainer import describe, run
+    from utils.config import load_config
+    from utils.runs.runtime import log_to_console
+
+    flags, this, status = {"seed": options.seed, "device": options.device}, [sys.executable, os.path.abspath(__file__)], 0
+    configs = [(load_study if is_study(path) else load_config)(path, options.overrides, **flags) for path in options.config]
+    log_to_console()
+    for path, config in zip(options.config, configs, strict=True):
+        if isinstance(config, Study):
+            status = max(status, perform(config, this, options.dry_run, options.overwrite))
+        elif options.dry_run:
+            if processes.place().rank == 0:
+                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
+        elif (number := processes.processes_to_start(config.device)) > 1:
+            status = max(status, processes.start(number, [*this, *arguments, "--config", path]))  # the last --config counts
+        else:
+            run(config, options.overwrite)
     return status
 
 

@@ -1,6 +1,5 @@
 """What a study file says: its keys, their types, and what cannot stand together."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +19,17 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
 
 
 class StudyFile(BaseModel):
-    """The keys of a study file; a description says what the key may be."""
+    """The keys of a study file; a description says what the key may be.
+
+    `null` for a config key in a variant or the grid stands for "as if the base did not give it": a variant of another method
+    drops with it what has no effect there.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: FilePath = Field(..., description="the config file that the runs start from, relative to the study file")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4}}')
+        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4, "head_lr": null}}')
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description='an object of lists of values such as {"rank": [4, 8]}')
     seed: Seeds = Field(..., description=f"an integer from 0 to {MAX_SEED}, or a list of different ones")
@@ -94,10 +97,9 @@ def _marked(values: Mapping[str, Any]) -> bool:
 
 def _without_comments(values: Any, depth: int = 2) -> Any:
     """`values` without comment keys, down to the objects inside `variants`; values of config keys are left alone."""
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or depth < 0:
         return values
-    kept = {key: value for key, value in values.items() if not key.startswith("_comment")}
-    return {key: _without_comments(value, depth - 1) for key, value in kept.items()} if depth else kept
+    return {key: _without_comments(value, depth - 1) for key, value in values.items() if not key.startswith("_comment")}
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any], source: str, changes: Mapping[str, tuple[Any, str]]) -> str:
@@ -107,11 +109,9 @@ def _sentence(error: ValidationError, values: Mapping[str, Any], source: str, ch
     wanted = StudyFile.model_fields[key].description
     if problem["type"] == "missing":
         return f"{source}: '{key}' must be given; it is {wanted}."
-    origin = changes[key][1] if key in changes else source
+    origin, place = changes[key][1] if key in changes else source, f"'{key}' is {show(values[key])}"
     if inner and isinstance(values[key], dict) and inner[0] in values[key]:
         place = f"'{escaped(str(inner[0]))}' in '{key}' is {show(values[key][inner[0]])}"
-    else:
-        place = f"'{key}' is {show(values[key])}"
     return f"{origin}: {place}; '{key}' must be {wanted}."
 
 
@@ -124,7 +124,7 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         if "base" in variant and not (isinstance(variant["base"], str) and variant["base"]):
             wanted = StudyFile.model_fields["base"].description
             yield f", variant '{name}': 'base' is {show(variant['base'])}; it must be {wanted}."
-        for key in (key for key in variant if key in file.grid):
+        for key in variant.keys() & file.grid.keys():
             yield f": '{key}' is changed by the variant '{name}' and varied by 'grid'; leave out one of the two."
     for key, place in file.varied():
         if key in _SETTLED:
@@ -134,13 +134,7 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
             hint = nearest(key, Config.model_fields) or " docs/CONFIG.md lists the keys."
             yield f", {place}: '{escaped(key[:60])}' is not a key of the config.{hint}"
     for key, items in file.grid.items():
-        same = [_canonical(item) for item in items]
-        twice = [item for number, item in enumerate(items) if same[number] in same[:number]]
-        if twice:
-            yield f", grid: '{key}' holds {show(twice[0])} twice; leave out one of the two."
-
-
-def _canonical(value: Any) -> str:
-    """The same text for the same number, however it is written."""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return json.dumps(float(value) if is_number else value, sort_keys=True)
+        same = [(isinstance(item, bool), item) for item in items]  # 1 is 1.0, but true is not 1
+        for number, item in enumerate(items):
+            if same[number] in same[:number]:
+                yield f", grid: '{key}' holds {show(item)} twice; leave out one of the two."

@@ -1,22 +1,27 @@
-"""Runs a study: each run a process of its own, some at a time, what is finished skipped, what is not gone on with."""
+"""Runs a study: each run a process of its own, some at a time, what is finished skipped, what is not gone on with.
+
+An executor's threads start the processes and wait for them. Kept by hand is what no library keeps: a signal reaches the runs,
+which save and end, and a study that is killed leaves none behind.
+"""
 
 import ctypes
-import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from studies import records as study_records
 from studies.study import Study, StudyRun
-from utils.config import Config, config_warnings
+from trainer import check
+from utils.config import config_warnings
 from utils.config.rules import show
 from utils.data import DATASETS
 from utils.errors import UserError, unknown
@@ -27,140 +32,88 @@ from utils.runs.processes import place
 from utils.runs.progress import LOGGER, format_seconds
 from utils.runs.signals import Signals, Stopped
 
-MAIN = Path(__file__).resolve().parent.parent / "main.py"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1  # how often a signal is looked for
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def describe_study(study: Study, check: Callable[[Config], None]) -> str:
-    """What `--dry-run` prints: every run with its state and changes; raises UserError for what `run_study` would refuse."""
-    runs = study.runs()
-    states = _states(study, check)
-    widths = [max(map(len, column)) for column in
-              (states, [run.name for run in runs], [f"seed {run.seed}" for run in runs])]
-    lines = [f"{_title(study)}, {states.count('finished')} finished, {study.jobs} at a time"]
-    for run, state in zip(runs, states, strict=True):
-        columns = (state, run.name, f"seed {run.seed}")
-        changes = ", ".join(f"{key}={show(value)}" for key, value in run.changes.items()) or "no changes"
-        lines.append("  ".join([*(text.ljust(width) for text, width in zip(columns, widths, strict=True)), changes]))
-    return "\n".join(lines)
+def perform(study: Study, command: Sequence[str], dry_run: bool = False, overwrite: bool = False) -> int:
+    """Runs what of the study is not finished, each run by `command --config FILE`; or with `dry_run` prints its runs.
 
-
-def perform(study: Study, check: Callable[[Config], None], dry_run: bool, overwrite: bool) -> int:
-    """Runs the study, or with `dry_run` prints its runs; returns the exit status. Raises UserError in a run of several
-    processes, each of which would start all of the study."""
+    Returns the exit status: 0, or 1 when a run has failed. Every config is checked before anything is started. `overwrite`
+    sets the folders of all runs aside first, and no committed record counts. A signal is passed on to the runs, which save
+    and end; then raises Stopped. Raises UserError in a run of several processes, each of which would start all of the study.
+    """
     if place().processes > 1:
         raise UserError(f"{study.path}: a study starts its own processes; run it with the plain command, python main.py.")
-    if not dry_run:
-        return run_study(study, check, overwrite)
-    print(describe_study(study, check), flush=True)
-    return 0
-
-
-def run_study(study: Study, check: Callable[[Config], None], overwrite: bool = False) -> int:
-    """Runs what is not finished; returns the exit status: 0, or 1 when a run has failed.
-
-    `check` raises UserError for a config that no method takes; every config of the study is checked before anything is
-    started. `overwrite` sets the folders of all runs aside first, and no committed record counts. A signal is passed on to
-    the runs, which save and end; then raises Stopped.
-    """
-    states = _states(study, check, overwrite)
-    for warning in dict.fromkeys(line for run in study.runs() for line in config_warnings(run.config)):
+    runs = study.runs()
+    states = [_state(run, overwrite and not dry_run) for run in runs]
+    title = f"Study {study.name}: {len(runs)} runs in {study.filepath}"
+    if dry_run:
+        print("\n".join([f"{title}, {states.count('finished')} finished, {study.jobs} at a time", *_table(runs, states)]),
+              flush=True)
+        return 0
+    for warning in dict.fromkeys(line for run in runs for line in config_warnings(run.config)):
         LOGGER.warning(warning)
     with lock(study.filepath):
         if overwrite:
-            for run in study.runs():
+            for run in runs:
                 if aside := run_folder.set_aside(run.folder):
                     LOGGER.info(f"--overwrite: what was in {run.folder} is now in {aside}")
-        todo = [run for run, state in zip(study.runs(), states, strict=True) if overwrite or state != "finished"]
+        todo = [run for run, state in zip(runs, states, strict=True) if state != "finished"]
         jobs = min(study.jobs, len(todo))
-        LOGGER.info(f"{_title(study)}, {len(states) - len(todo)} finished already" + (f"; {jobs} at a time" if todo else ""))
+        LOGGER.info(f"{title}, {len(runs) - len(todo)} finished already" + (f"; {jobs} at a time" if todo else ""))
         if overwrite and study.results is not None:
             LOGGER.info("--overwrite: committed records do not count; to go on after an interruption use --set results=null.")
-        failures = _Pool(todo, jobs).work()
+        failures = _Work(todo, jobs, command).finish() if todo else []
     for failure in failures:
         LOGGER.info(f"Failed: {failure}")
     if failures:
-        LOGGER.info(f"{len(failures)} of {len(states)} runs failed; the same command "
+        LOGGER.info(f"{len(failures)} of {len(runs)} runs failed; the same command "
                     f"{'without --overwrite ' * overwrite}tries them again.")
     LOGGER.info(f"Compare: python -m analysis.compare {shlex.quote(str(study.path))}")
     return 1 if failures else 0
 
 
-def _title(study: Study) -> str:
-    return f"Study {study.name}: {len(study.runs())} runs in {study.filepath}"
+def _state(run: StudyRun, overwrite: bool) -> str:
+    """"finished", "begun" or "to do"; raises UserError if the run cannot be made."""
+    if run.config.dataset not in DATASETS:
+        raise unknown("dataset", run.config.dataset, DATASETS)
+    check(run.config)
+    if not overwrite and run.record():
+        return "finished"
+    return "begun" if not overwrite and (run.folder / "config.json").exists() else "to do"
 
 
-def _states(study: Study, check: Callable[[Config], None], overwrite: bool = False) -> list[str]:
-    """For every run "finished", "begun" or "to do"; raises UserError for the first that cannot be made."""
-    for config in (run.config for run in study.runs()):
-        if config.dataset not in DATASETS:
-            raise unknown("dataset", config.dataset, DATASETS)
-        check(config)
-    if overwrite:
-        return ["to do"] * len(study.runs())
-    return ["finished" if run.record() else "begun" if (run.folder / "config.json").exists() else "to do"
-            for run in study.runs()]
+def _table(runs: Sequence[StudyRun], states: Sequence[str]) -> list[str]:
+    """A line for every run: its state, name, seed and changes."""
+    rows = [(state, run.name, f"seed {run.seed}") for run, state in zip(runs, states, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    changes = [", ".join(f"{key}={show(value)}" for key, value in run.changes.items()) or "no changes" for run in runs]
+    return ["  ".join([*map(str.ljust, row, widths), changed]) for row, changed in zip(rows, changes, strict=True)]
 
 
-class _Child:
-    """The process of a run. What it prints goes to `<folder>.log` and `<folder>.err`, its config is `<folder>.config.json`."""
+class _Work:
+    """The runs that are to be made, `jobs` at a time, in order."""
 
-    def __init__(self, run: StudyRun, device: str, threads: int) -> None:
-        self.run, self.device, self.started = run, device, time.monotonic()
-        files = (run.folder.with_name(f"{run.folder.name}.{ending}") for ending in ("log", "err", "config.json"))
-        self.log, self.err, config = files
-        try:
-            run.folder.parent.mkdir(parents=True, exist_ok=True)
-            # The resolved config, not the base with its changes: an edit of the base while a study runs must not split it.
-            write_json(config, run.config.model_copy(update={"device": [device]}).model_dump(mode="json"))
-            environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-            with open(self.log, "wb") as log, open(self.err, "wb") as err:
-                # In a session of its own: a Ctrl-C reaches it once, from here, and not from the terminal as well.
-                self.process = subprocess.Popen(
-                    [sys.executable, str(MAIN), "--config", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=err,
-                    env=environment, start_new_session=True, preexec_fn=_end_with_parent(os.getpid()))
-        except OSError as error:
-            raise UserError(f"{run.folder.parent}: run '{run.name}' cannot be started there ({error.strerror or error}); mend "
-                            "that, or choose another 'filepath', then run the same command again.") from error
-
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def record(self) -> dict[str, Any]:
-        """The finished record of the run, whose process has ended; raises UserError, one line, if it has not finished."""
-        status, lines = self.process.returncode, []
-        with suppress(OSError):
-            lines = [line for line in self.err.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-            if not lines:
-                self.err.unlink()
-        if status == 0 and (record := study_records.own(self.run)):
-            return record
-        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        raise UserError(f"{how}, {lines[-1].strip() if lines else 'nothing on stderr'}")
-
-
-class _Pool:
-    """`jobs` runs at a time, from the front of the queue."""
-
-    def __init__(self, todo: Iterable[StudyRun], jobs: int) -> None:
-        self.queue, self.jobs = deque(todo), jobs
-        self.running: list[_Child] = []
+    def __init__(self, todo: Sequence[StudyRun], jobs: int, command: Sequence[str]) -> None:
+        self.todo, self.jobs, self.command = todo, jobs, command
+        self.threads = max(1, _cores() // jobs)
+        self.guard = threading.Lock()  # of what follows
+        self.places = list(reversed(range(jobs)))  # that no run has; with each goes a device
+        self.running: list[subprocess.Popen] = []
+        self.left, self.stopping = len(todo), False
         self.failures: list[str] = []
-        self.threads = max(1, _cores() // max(1, jobs))
-        self.turn = itertools.count()
-        self.stopping = False
 
-    def work(self) -> list[str]:
-        """Runs the queue; returns what failed, a line each. Raises Stopped after a signal, when every run has ended."""
-        with Signals() as signals:
+    def finish(self) -> list[str]:
+        """Makes the runs; returns what failed, a line each. Raises Stopped after a signal, when every run has ended."""
+        with Signals() as signals, ThreadPoolExecutor(self.jobs) as executor:
+            waiting = {executor.submit(self._make, run) for run in self.todo}
             try:
-                while self.queue or self.running:
-                    while self.queue and len(self.running) < self.jobs:
-                        self._start(self.queue.popleft())
-                    time.sleep(POLL_SECONDS)
-                    self._reap()
+                while waiting:
+                    done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                    for each in done:
+                        each.result()
                     if signals.received is not None:
                         raise Stopped(signals.received)
             except BaseException as error:
@@ -168,43 +121,69 @@ class _Pool:
                 raise
         return self.failures
 
-    def _start(self, run: StudyRun) -> None:
-        child = _Child(run, self._device(run), self.threads)
-        self.running.append(child)
-        LOGGER.info(f"Started   {run.name} seed {run.seed}, log {child.log}")
-
-    def _device(self, run: StudyRun) -> str:
-        """Of the devices that the run may use the one with the fewest runs on it, in turn where several have as few."""
-        names, turn = run.config.device, next(self.turn)
-        used = [child.device for child in self.running]
-        return min((names[(turn + step) % len(names)] for step in range(len(names))), key=used.count)
-
-    def _reap(self) -> None:
-        """Takes out the runs that have ended, with a line for each."""
-        for child in [child for child in self.running if child.ended()]:
-            self.running.remove(child)
-            run, seconds = child.run, format_seconds(time.monotonic() - child.started)
-            left = f"{len(self.queue) + len(self.running)} left"
+    def _make(self, run: StudyRun) -> None:
+        """Starts the run, waits for its end and says how that was; does nothing once the study stops."""
+        started, log = time.monotonic(), run.folder.with_name(f"{run.folder.name}.log")
+        with self.guard:
+            if self.stopping:
+                return
+            at = self.places.pop()
+            process = self._start(run, run.config.device[at % len(run.config.device)], log)
+            self.running.append(process)
+            LOGGER.info(f"Started   {run.name} seed {run.seed}, log {log}")
+        process.wait()
+        seconds = format_seconds(time.monotonic() - started)
+        with self.guard:
+            self.running.remove(process)
+            self.places.append(at)
+            self.left -= 1
             try:
-                last = child.record()["metrics"]["last_accuracy"]
-                LOGGER.info(f"Finished  {run.name} seed {run.seed} in {seconds}, last accuracy {last:.2f}; {left}")
+                last = _record(run, process.returncode, log.with_suffix(".err"))["metrics"]["last_accuracy"]
+                LOGGER.info(f"Finished  {run.name} seed {run.seed} in {seconds}, last accuracy {last:.2f}; {self.left} left")
             except UserError as failure:
                 if self.stopping:
-                    LOGGER.info(f"Stopped   {run.name} seed {run.seed} after {seconds}; {left}")
-                    continue
-                self.failures.append(f"{run.name} seed {run.seed}: {failure} (log {child.log})")
-                LOGGER.info(f"Failed    {run.name} seed {run.seed} after {seconds}: {failure}; {left}")
+                    LOGGER.info(f"Stopped   {run.name} seed {run.seed} after {seconds}; {self.left} left")
+                    return
+                self.failures.append(f"{run.name} seed {run.seed}: {failure} (log {log})")
+                LOGGER.info(f"Failed    {run.name} seed {run.seed} after {seconds}: {failure}; {self.left} left")
+
+    def _start(self, run: StudyRun, device: str, log: Path) -> subprocess.Popen:
+        """The run's process; `<folder>.log` and `<folder>.err` take what it prints, `<folder>.config.json` is its config."""
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            # The resolved config, not the base with its changes: an edit of the base while a study runs must not split it.
+            config = log.with_suffix(".config.json")
+            write_json(config, run.config.model_copy(update={"device": [device]}).model_dump(mode="json"))
+            with open(log, "wb") as out, open(log.with_suffix(".err"), "wb") as err:
+                # In a session of its own: a Ctrl-C reaches it once, from here, and not from the terminal as well.
+                return subprocess.Popen(
+                    [*self.command, "--config", str(config)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                    env={"OMP_NUM_THREADS": str(self.threads), **os.environ}, start_new_session=True,
+                    preexec_fn=partial(_end_with_parent, os.getpid()))
+        except OSError as error:
+            raise UserError(f"{log.parent}: run '{run.name}' cannot be started there ({error.strerror or error}); mend that, "
+                            "or choose another 'filepath', then run the same command again.") from error
 
     def _stop(self, number: signal.Signals) -> None:
-        """Passes the signal on and waits until every run has saved and ended."""
-        self.stopping = True
-        LOGGER.info(f"{number.name}: waiting for {len(self.running)} runs to save and end")
-        for child in self.running:
-            with suppress(ProcessLookupError):
-                child.process.send_signal(number)
-        for child in self.running:
-            child.process.wait()
-        self._reap()
+        """Starts nothing more and passes the signal on; the runs save and end, which the executor waits for."""
+        with self.guard:
+            self.stopping = True
+            LOGGER.info(f"{number.name}: waiting for {len(self.running)} runs to save and end")
+            for process in self.running:
+                process.send_signal(number)
+
+
+def _record(run: StudyRun, status: int, err: Path) -> dict[str, Any]:
+    """The finished record of the run, whose process has ended; raises UserError, one line, if it has not finished."""
+    lines = []
+    with suppress(OSError):
+        lines = [line for line in err.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if not lines:
+            err.unlink()
+    if status == 0 and (record := run.own_record()):
+        return record
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    raise UserError(f"{how}, {lines[-1].strip() if lines else 'nothing on stderr'}")
 
 
 def _cores() -> int:
@@ -212,15 +191,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
-    """For the child before it becomes the run: SIGTERM when the study dies, so that a study that was killed leaves nothing
+def _end_with_parent(parent: int) -> None:
+    """In the child before it becomes the run: SIGTERM when the study dies, so that a study that was killed leaves nothing
     running that would hold the folders. Linux alone can do that; elsewhere the lock of the run tells who has the folder."""
-    if _LIBC is None:
-        return None
-
-    def prepare() -> None:
+    if _LIBC is not None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:  # it died in between
             os._exit(143)
-
-    return prepare

@@ -20,6 +20,8 @@ from studies.file import StudyFile, is_study, read_base, read_study_file
 from utils.config import Config, command_line_changes, config_from_dict
 from utils.config.rules import escaped
 from utils.errors import UserError
+from utils.runs import folder as run_folder
+from utils.runs.files import read_sealed_json, write_bytes
 
 __all__ = ["Study", "StudyRun", "is_study", "load_study"]
 
@@ -33,8 +35,9 @@ class StudyRun:
     """One run of a study: one config, one seed, one folder.
 
     name: the variant and the grid's values, `sdlora,rank=4`; the same for every seed. variant: "" in a study without
-    variants. changes: the config keys that variant and grid set, with their values. config: the resolved config, with this
-    seed and folder. recorded: where a committed record of the run would lie; None in a study without `results`.
+    variants. changes: the config keys that variant and grid set, with their values, None where they drop what the base
+    gives. config: the resolved config, with this seed and folder. recorded: where a committed record of the run would lie;
+    None in a study without `results`.
     """
 
     name: str
@@ -50,9 +53,33 @@ class StudyRun:
 
         Raises UserError for a record that is damaged or was made with another config.
         """
-        from studies import records as study_records  # loads torch: mistakes in a study are told without
+        return self.own_record() or self.committed_record()
 
-        return study_records.own(self) or study_records.committed(self)
+    def own_record(self) -> dict[str, Any] | None:
+        """The finished record in the run's folder; raises UserError if that folder belongs to another config."""
+        run_folder.check_owner(self.folder, self.config)
+        return run_folder.finished_result(self.folder)
+
+    def committed_record(self) -> dict[str, Any] | None:
+        """The committed record of the run; raises UserError for one that is damaged, unfinished or of another config.
+
+        A config key that the record does not have, being older than the key, counts as its default.
+        """
+        path = self.recorded
+        if path is None or not path.exists():
+            return None
+        record = read_sealed_json(path)
+        if not record.get("finished"):
+            raise UserError(f"{path}: is the record of a run that is not finished; delete the file, or put a finished one "
+                            "there.")
+        try:
+            old = config_from_dict(record["config"], str(path)).model_dump(mode="json")
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: holds no config of a run; delete the file to have this run made again.") from error
+        if shown := run_folder.differences(old, self.config):
+            raise UserError(f"{path}: is the record of another config, different in {shown}; delete the file to have this "
+                            "run made again, or add --set results=null to leave committed records out.")
+        return record
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,25 @@ class Study:
         """Every run. Seed after seed: once the first seed is through there is a result of everything."""
         return list(self.all_runs)
 
+    def collect(self) -> str:
+        """Copies finished records from the folders of the runs to `results`; what it did, in words.
+
+        A copy is the file to the byte, so its checksum holds. A committed record of the same config is replaced; one of
+        another config is refused, before anything is copied.
+        """
+        if self.results is None:
+            raise UserError(f"{self.path}: has no 'results', the folder to collect records in; add it to the study.")
+        have = {run.recorded for run in self.runs() if run.committed_record()}
+        finished = [run for run in self.runs() if run.own_record()]
+        for run in finished:
+            try:
+                run.recorded.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"results: the folder '{run.recorded.parent}' cannot be made ({error.strerror}).") from error
+            write_bytes(run.recorded, (run.folder / "results.json").read_bytes())
+        missing = len(self.runs()) - len(have | {run.recorded for run in finished})
+        return f"{len(finished)} records copied to {self.results}; of {len(self.runs())} runs {missing} have none yet."
+
 
 def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -> Study:
     """The study in the file `path` with the changes of the command line; arguments as for `utils.config.load_config`.
@@ -82,23 +128,24 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -
     """
     path, source = Path(path), escaped(str(path))
     changes = command_line_changes(overrides, **values)
-    own = {key: change for key, change in changes.items() if key in _OWN_KEYS}
-    file = read_study_file(path, own)
+    file = read_study_file(path, {key: change for key, change in changes.items() if key in _OWN_KEYS})
     for key, place in file.varied():
         if key in changes:
             raise UserError(f"{changes[key][1]}: '{key}' is varied by the study ({source}, {place}); change it there.")
     root = Path(file.filepath or f"./runs/studies/{path.stem}/")
     results = None if file.results is None else Path(os.path.normpath(path.parent / file.results))
+    fixed = {key: value for key, (value, _) in changes.items() if key not in _OWN_KEYS}
+    options = {key: option for key, (_, option) in changes.items()}
     combinations = list(_combinations(file))
     _check_names([name for name, _, _ in combinations], source)
-    fixed = {key: value for key, (value, _) in changes.items() if key not in own}
-    options = {key: option for key, (_, option) in changes.items()}
     runs = []
     for seed, (name, variant, varied) in itertools.product(file.seed, combinations):
         base, folder = Path(os.path.normpath(path.parent / file.base_of(variant))), root / name / f"seed_{seed}"
+        given = {**read_base(base, source), **varied}
+        given = {key: value for key, value in given.items() if value is not None or key not in varied}
         places = {key: f"{source}, grid" if key in file.grid else f"{source}, variant '{variant}'" for key in varied}
-        config = config_from_dict({**read_base(base, source), **varied, **fixed, "seed": [seed], "filepath": str(folder)},
-                                  escaped(str(base)), options={**places, **options})
+        config = config_from_dict({**given, **fixed, "seed": [seed], "filepath": str(folder)}, escaped(str(base)),
+                                  options={**places, **options})
         recorded = None if results is None else results / name / f"seed_{seed}.json"
         runs.append(StudyRun(name, variant, varied, seed, folder, config, recorded))
     return Study(path, root, results, file.jobs, tuple(runs))
@@ -143,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not is_study(options.study):
             raise UserError(f"{options.study}: this is a config, not a study (it has no 'base').")
-        study = load_study(options.study, options.overrides, seed=options.seed)
-        from studies.records import collect  # loads torch
-
-        print(collect(study))
+        print(load_study(options.study, options.overrides, seed=options.seed).collect())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

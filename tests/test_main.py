@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from main import main
 from tests.helpers import ROOT
-from utils.runs.progress import LOGGER
+from utils.runs.progress import LOGGER, Progress
 from utils.runs.runtime import log_to_console
 
 QUICKSTART = str(ROOT / "exps" / "quickstart.json")
@@ -35,13 +36,21 @@ def one_task(folder: Path) -> list[str]:
     return ["--config", QUICKSTART, "--device", "cpu", *(part for change in changes for part in ("--set", change))]
 
 
-def test_help_names_every_option_without_loading_torch() -> None:
+def test_help_names_every_option(capsys) -> None:
     options = re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / "main.py").read_text())
     assert {"--config", "--seed", "--device", "--set", "--overwrite", "--dry-run"} <= set(options)
-    status, out, err = ended(start("--help"))
-    assert status == 0 and err == "" and all(f"{option} " in out for option in options)
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"{option} " in out for option in options)
+
+
+@pytest.mark.slow
+def test_help_and_wrong_options_are_answered_without_loading_torch() -> None:
     check = "import sys, main; main.parse(['--config', 'x']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
+    status, out, err = ended(start("--config", QUICKSTART, "--epochs", "3"))
+    assert status == 2 and out == "" and "--epochs" in err
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -49,33 +58,40 @@ def test_help_names_every_option_without_loading_torch() -> None:
     (["--config", QUICKSTART, "--seed", "one"], ["--seed", "one"]),
     (["--config", QUICKSTART, "--epochs", "3"], ["--epochs"]),
 ])
-def test_a_wrong_command_line_ends_with_status_2(arguments: list[str], words: list[str]) -> None:
-    status, out, err = ended(start(*arguments))
-    assert status == 2 and out == "" and "Traceback" not in err and all(word in err for word in words)
+def test_a_wrong_command_line_ends_with_status_2(arguments: list[str], words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and all(word in err for word in words)
 
 
-def test_bad_configs_are_one_line_each_with_status_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, words", [("comma.json", ["line 2, column 16"]), ("missing.json", ["no such file"]),
+                                         ("key.json", ["'gumbel_tau_int'", "'gumbel_tau_init'"])])
+def test_a_bad_config_is_one_line_with_status_2(name: str, words: list[str], tmp_path: Path, capsys) -> None:
     (tmp_path / "comma.json").write_text('{"dataset": "digits",\n "init_cls": 2,,\n "increment": 2}')
     (tmp_path / "key.json").write_text('{"dataset": "digits", "init_cls": 2, "gumbel_tau_int": 5.0}')
-    cases = {"comma.json": ["line 2, column 16"], "key.json": ["'gumbel_tau_int'", "'gumbel_tau_init'"],
-             "missing.json": ["no such file"]}
-    processes = {name: start("--config", str(tmp_path / name)) for name in cases}  # at once: most of it is loading torch
-    for name, words in cases.items():
-        status, out, err = ended(processes[name])
-        assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: "), err
-        assert all(word in err for word in [name, *words]), err
+    assert main(["--config", str(tmp_path / name)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and all(word in err for word in [name, *words])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comma.json", "key.json"]
 
 
-def test_a_dry_run_on_a_missing_cuda_device_is_json_with_one_warning(tmp_path: Path) -> None:
-    arguments = ["--config", QUICKSTART, "--device", "0", "--dry-run", "--set", f"filepath={tmp_path / 'run'}"]
-    status, out, err = ended(start(*arguments))
-    assert status == 0 and err == ""
+@pytest.mark.slow
+def test_a_bad_config_is_told_by_the_process(tmp_path: Path) -> None:
+    status, out, err = ended(start("--config", str(tmp_path / "missing.json")))
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and "no such file" in err
+
+
+def test_a_dry_run_on_a_missing_cuda_device_is_json_with_one_warning(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--config", QUICKSTART, "--device", "0", "--dry-run", "--set", f"filepath={tmp_path / 'run'}"]) == 0
+    out, err = capsys.readouterr()
     printed = json.loads(out)
     assert len(printed["warnings"]) == 1 and "running on the CPU" in printed["warnings"][0] and printed["device"] == "cpu"
-    assert printed["split"]["task_sizes"] == [2, 2, 2, 2, 2] and list(tmp_path.iterdir()) == []
+    assert printed["split"]["task_sizes"] == [2, 2, 2, 2, 2] and err == "" and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_lines_arrive_one_by_one_where_output_is_a_pipe(tmp_path: Path) -> None:
     process = start(*one_task(tmp_path / "run"))
     first = process.stdout.readline()
@@ -89,6 +105,7 @@ def test_lines_arrive_one_by_one_where_output_is_a_pipe(tmp_path: Path) -> None:
     assert plain == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [False, True], ids=["run", "dry-run"])
 def test_a_reader_that_goes_away_does_no_harm(dry: bool, tmp_path: Path) -> None:
     """`python main.py ... | head -1`: no traceback, and a run goes on to its end."""
@@ -110,11 +127,9 @@ def test_a_terminal_of_another_encoding_stops_no_run(monkeypatch: pytest.MonkeyP
     assert b"Keeping adapter for task 0\n" in narrow.buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_progress_lines_come_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Where output is no terminal, a line with step, loss, tau, accuracy and time left, every LINE_SECONDS."""
-    from main import main
-    from utils.runs.progress import Progress
-
     monkeypatch.setattr(Progress, "LINE_SECONDS", 0.2)
     started = time.monotonic()
     gate = ["gate=sparsemax", "growth_threshold=0.1"]  # one that has a temperature

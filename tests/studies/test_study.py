@@ -25,7 +25,7 @@ from studies.study import main as study_command
 from tests.helpers import ROOT
 from tests.learners import SMALL
 from trainer import check
-from utils.config import Config, load_config
+from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, write_sealed_json
 from utils.runs.lock import lock
@@ -68,7 +68,7 @@ record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).h
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(study_runner, "MAIN", script)
+    monkeypatch.setattr(command, "__file__", str(script))
     return script
 
 
@@ -116,7 +116,8 @@ def test_every_shipped_study_loads_and_is_strict_json(path: Path) -> None:
     assert study.filepath == Path(f"runs/studies/{path.stem}")
     for run in study.runs():
         check(run.config)
-        assert json.dumps(run.changes) == json.dumps({key: getattr(run.config, key) for key in run.changes})
+        given = {key: value for key, value in run.changes.items() if value is not None}
+        assert json.dumps(given) == json.dumps({key: getattr(run.config, key) for key in given})
 
 
 def test_no_shipped_config_is_taken_for_a_study() -> None:
@@ -158,6 +159,22 @@ def test_a_study_of_seeds_alone_and_comments(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     path.write_text("// a comment\n" + path.read_text().replace('"seed": [1, 2]', '"seed": 5, "_comment": "one"'))
     assert [(run.name, run.variant, run.seed, run.changes) for run in load_study(path).runs()] == [("base", "", 5, {})]
+
+
+@pytest.mark.parametrize("change", [{"variants": {"a": {"batch_size": None}}}, {"grid": {"batch_size": [None]}}])
+def test_null_is_as_if_the_base_did_not_give_the_key(change: dict, tmp_path: Path) -> None:
+    (run,) = load_study(write_study(tmp_path, {"batch_size": 7}, seed=1, **change)).runs()
+    default = config_from_dict({key: value for key, value in SMALL.items() if key != "batch_size"}).batch_size
+    assert run.config.batch_size == default != 7 and dict(run.changes) == {"batch_size": None}
+
+
+def test_a_variant_of_another_method_drops_what_has_no_effect_for_it(tmp_path: Path) -> None:
+    without = dict.fromkeys(["rank", "gate_lr", "init_epoch", "epochs", "init_lr", "lrate"])
+    path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil", **without}})
+    check(load_study(path).runs()[0].config)
+    path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil"}})
+    with pytest.raises(UserError, match="no effect"):
+        check(load_study(path).runs()[0].config)
 
 
 def test_names_are_safe_as_folders(tmp_path: Path) -> None:
@@ -242,6 +259,7 @@ def test_nothing_starts_when_one_config_is_bad(changes: dict, word: str, tmp_pat
 # ---- the runner, with a stand-in for main.py
 
 
+@pytest.mark.slow
 def test_runs_are_made_skipped_and_made_again(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     path = write_study(tmp_path, grid={"rank": [2, 3]})
     assert command.main(["--config", str(path)]) == 0
@@ -268,6 +286,7 @@ def test_runs_are_made_skipped_and_made_again(tmp_path: Path, stand_in: Path, li
                for run, at in zip(runs, begun, strict=True))
 
 
+@pytest.mark.slow
 def test_failures_do_not_stop_the_others(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     path = write_study(tmp_path, seed=1, jobs=2,
                        variants={name: {"prefix": name} for name in ("fail", "die", "good")})
@@ -280,6 +299,7 @@ def test_failures_do_not_stop_the_others(tmp_path: Path, stand_in: Path, lines: 
     assert (fail.folder.parent / "seed_1.err").read_text() == "first line\nerror: the reason\n"
 
 
+@pytest.mark.slow
 def test_a_run_of_another_config_in_the_way_is_refused(tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path)
     assert command.main(["--config", str(path)]) == 0
@@ -289,6 +309,7 @@ def test_a_run_of_another_config_in_the_way_is_refused(tmp_path: Path, stand_in:
         assert "another config" in err and "epochs (there 1, now 3)" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_as_many_at_a_time_as_jobs_say_with_their_share_of_threads(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(study_runner, "_cores", lambda: 7)
@@ -302,6 +323,7 @@ def test_as_many_at_a_time_as_jobs_say_with_their_share_of_threads(tmp_path: Pat
     assert trace(load_study(path, seed=[6]).runs()[0])["threads"] == "5"
 
 
+@pytest.mark.slow
 def test_as_many_runs_as_jobs_are_under_way(tmp_path: Path, stand_in: Path) -> None:
     """Every run waits until all three have begun."""
     path = write_study(tmp_path, {"prefix": "hang"}, seed=[1, 2, 3], jobs=3)
@@ -313,6 +335,7 @@ def test_as_many_runs_as_jobs_are_under_way(tmp_path: Path, stand_in: Path) -> N
     opener.join()
 
 
+@pytest.mark.slow
 def test_runs_are_dealt_out_over_the_devices(tmp_path: Path, stand_in: Path) -> None:
     path = write_study(tmp_path, {"prefix": "hang", "device": ["0", "cuda:2"]}, seed=[1, 2, 3, 4], jobs=4)
     runs = load_study(path).runs()
@@ -332,6 +355,7 @@ def test_two_studies_on_one_folder(tmp_path: Path, stand_in: Path, capsys) -> No
     assert str(tmp_path / "runs") in err and f"process {os.getpid()} " in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status, overwrite", [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--overwrite"])])
 def test_a_signal_has_the_runs_save_and_the_same_command_goes_on(
         number: signal.Signals, status: int, overwrite: list[str], tmp_path: Path, stand_in: Path, lines: list[str],
@@ -352,6 +376,7 @@ def test_a_signal_has_the_runs_save_and_the_same_command_goes_on(
     assert all(run.record() for run in runs)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_runner_leaves_no_run_behind(tmp_path: Path, stand_in: Path, capsys) -> None:
     """The second run's folder cannot be made; the first is told to save and end."""
     path = write_study(tmp_path, {"prefix": "hang"}, grid={"rank": [2, 3]}, seed=1, jobs=2)
@@ -365,15 +390,13 @@ def test_an_error_of_the_runner_leaves_no_run_behind(tmp_path: Path, stand_in: P
 
 PARENT = """
 import sys
-from pathlib import Path
-from studies import runner as study_runner
-from utils.runs.progress import LOGGER
+from studies.runner import perform
 from studies.study import load_study
-study_runner.MAIN = Path(sys.argv[1])
-study_runner.run_study(load_study(sys.argv[2]), lambda config: None)
+perform(load_study(sys.argv[2]), [sys.executable, sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_runs_of_a_killed_study_save_and_end(tmp_path: Path, stand_in: Path) -> None:
     path = write_study(tmp_path, {"prefix": "hang"}, jobs=2)
@@ -387,6 +410,7 @@ def test_runs_of_a_killed_study_save_and_end(tmp_path: Path, stand_in: Path) -> 
     assert command.main(["--config", str(path)]) == 0
 
 
+@pytest.mark.slow
 def test_dry_run_lists_the_runs_and_starts_nothing(tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path, grid={"rank": [2, 3]}, jobs=2)
     assert command.main(["--config", str(path), "--dry-run"]) == 0
@@ -403,6 +427,7 @@ def test_dry_run_lists_the_runs_and_starts_nothing(tmp_path: Path, stand_in: Pat
 # ---- committed records
 
 
+@pytest.mark.slow
 def test_collected_records_count_as_finished(tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path, results="records")
     assert command.main(["--config", str(path), "--seed", "1"]) == 0
@@ -424,6 +449,7 @@ def test_a_record_older_than_a_key_has_its_default(tmp_path: Path) -> None:
     assert run.record()["seed"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (lambda record: record["config"].update(epochs=3), ["another config", "epochs (there 3, now 1)", "results=null"]),
     (lambda record: record.update(finished=False), ["not finished"]),

@@ -105,55 +105,31 @@ def accuracy_matrix(counts: Sequence[TaskCounts], field: str = "top1") -> Matrix
             + [None] * (len(counts[-1].images) - len(entry.images)) for entry in counts]
 
 
-def curve(counts: Sequence[TaskCounts], field: str) -> list[float | None]:
-    """For each task learned so far, the percentage of all its test images seen that `field` counts.
+def curve(counts: Sequence[TaskCounts], field: str = "top1") -> list[float | None]:
+    """For each task learned so far, the percentage of all its test images seen that `field` of `TaskCounts` counts.
 
-    Every image weighs the same, so a task with more images weighs more (PILOT and SD-LoRA report the same).
+    "top1" is the accuracy over all seen classes (iCaRL, Rebuffi et al., 2017), "within" the same with the task told (van de
+    Ven et al., 2022). Every image weighs the same, so a task with more images weighs more (PILOT and SD-LoRA report the same).
     """
     return [_percent(sum(getattr(entry, field)), sum(entry.images)) for entry in counts]
-
-
-def top1_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
-    """Accuracy in percent over all seen classes after each task (iCaRL, Rebuffi et al., 2017)."""
-    return curve(counts, "top1")
-
-
-def top5_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
-    """As `top1_curve`, right when the true class is among the five largest logits (or all, if fewer)."""
-    return curve(counts, "top5")
-
-
-def within_task_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
-    """As `top1_curve`, with the task told: only its own classes compete (van de Ven et al., 2022)."""
-    return curve(counts, "within")
-
-
-def wrong_task_error_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
-    """Percent of all seen test images that are taken for a class of another task."""
-    return curve(counts, "wrong_task")
 
 
 def within_task_error_curve(counts: Sequence[TaskCounts]) -> list[float | None]:
     """Percent of all seen test images that are taken for another class of their own task.
 
-    With `top1_curve` and `wrong_task_error_curve` it adds up to 100. It is not 100 minus `within_task_curve`:
-    an image taken for another task's class may or may not be right once the task is told.
+    With the curves of "top1" and "wrong_task" it adds up to 100. It is not 100 minus that of "within": an
+    image taken for another task's class may or may not be right once the task is told.
     """
     return [_percent(sum(entry.images) - sum(entry.top1) - sum(entry.wrong_task), sum(entry.images))
             for entry in counts]
 
 
-def last_accuracy(counts: Sequence[TaskCounts]) -> float | None:
-    """Accuracy in percent over all classes after the last task: the end of `top1_curve`."""
-    return top1_curve(counts)[-1]
-
-
 def average_accuracy(counts: Sequence[TaskCounts]) -> float | None:
-    """Mean of `top1_curve` over the tasks (average incremental accuracy, Rebuffi et al., 2017).
+    """Mean of the "top1" curve over the tasks (average incremental accuracy, Rebuffi et al., 2017).
 
     None for a stream that was learned at once: there was no accuracy after its earlier tasks.
     """
-    return None if len(counts[-1].images) > len(counts) else _mean(top1_curve(counts))
+    return None if len(counts[-1].images) > len(counts) else _mean(curve(counts))
 
 
 def accuracy_when_learned(matrix: Matrix) -> list[float | None]:
@@ -196,16 +172,16 @@ def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
     matrix = accuracy_matrix(counts)
     return {
         "accuracy_matrix": matrix,
-        "top1_curve": top1_curve(counts),
-        "top5_curve": top5_curve(counts),
-        "last_accuracy": last_accuracy(counts),
+        "top1_curve": curve(counts),
+        "top5_curve": curve(counts, "top5"),
+        "last_accuracy": curve(counts)[-1],
         "average_accuracy": average_accuracy(counts),
         "forgetting": forgetting(matrix),
         "backward_transfer": backward_transfer(matrix),
         "accuracy_when_learned": accuracy_when_learned(matrix),
-        "within_task_curve": within_task_curve(counts),
+        "within_task_curve": curve(counts, "within"),
         "within_task_error_curve": within_task_error_curve(counts),
-        "wrong_task_error_curve": wrong_task_error_curve(counts),
+        "wrong_task_error_curve": curve(counts, "wrong_task"),
     }
 
 

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not taken: numbered files, each with a checksum, the last few kept.
 
-A file is a header of fixed size (magic and version, bytes of payload, SHA-256 of name and payload) and what `torch.save`
-made of the state. The checksum covers the name too, so that files swapped with each other are noticed.
+A file is a header (magic and version, bytes of payload, SHA-256 of name and payload) and what `torch.save` made of the state.
+The checksum covers the name too, so that files swapped with each other are noticed. By hand, since no library goes back to an
+older file where the newest is damaged.
 """
 
 import hashlib
@@ -19,8 +20,7 @@ import torch
 from utils.errors import UserError
 from utils.runs.files import write_bytes
 
-_MAGIC = b"GCLCKPT1"
-_HEADER = struct.Struct("<8sQ32s")
+_HEADER, _MAGIC = struct.Struct("<8sQ32s"), b"GCLCKPT1"
 _NAME = re.compile(r"checkpoint_(0|[1-9][0-9]*)\.ckpt")
 
 
@@ -43,11 +43,15 @@ class Checkpoints:
         """
         numbers = self._numbers()
         newest = max(numbers, default=0) + 1
-        path = self._path(newest)
-        payload = _packed(state)
-        write_bytes(path, _HEADER.pack(_MAGIC, len(payload), _digest(path.name, payload)) + payload)
-        whole = [number for number in numbers if number not in self._damaged]
-        kept = [*whole, newest][-self.keep:]
+        path, buffer = self._path(newest), io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        try:
+            _unpacked(payload)  # better to learn it now than when the run is to go on
+        except _Damaged as error:
+            raise TypeError("a checkpoint holds tensors and plain Python values, under names") from error
+        write_bytes(path, _header(path, payload) + payload)
+        kept = [*(number for number in numbers if number not in self._damaged), newest][-self.keep:]
         self._remove(number for number in numbers if number not in kept)
         return path
 
@@ -59,12 +63,11 @@ class Checkpoints:
         """
         lines = []
         for number in reversed(self._numbers()):
-            path = self._path(number)
             try:
-                return _read(path), lines
+                return _read(self._path(number)), lines
             except _Damaged as error:
                 self._damaged.add(number)
-                lines.append(f"{path}: {error}")
+                lines.append(f"{self._path(number)}: {error}")
         if lines:
             raise UserError(f"{self.folder}: none of its checkpoints can be used ({'; '.join(lines)}); use --overwrite to "
                             "start over.")
@@ -85,55 +88,31 @@ class Checkpoints:
     def _numbers(self) -> list[int]:
         """Numbers of the checkpoints that are there, ascending."""
         try:
-            matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+            return sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _NAME.fullmatch(name)))
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be listed ({error.strerror or error}); mend its permissions or choose "
                             "another 'filepath'.") from error
-        return sorted(int(match[1]) for match in matches if match)
 
 
 class _Damaged(Exception):
     """What is wrong with a checkpoint, in a few words."""
 
 
-def _packed(state: dict[str, Any]) -> bytes:
-    """`state` as `torch.save` writes it, proved to load: better to learn it now than when the run is to go on."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getvalue()
-    try:
-        _unpacked(payload)
-    except _Damaged as error:
-        raise TypeError("a checkpoint holds tensors and plain Python values, under names") from error
-    return payload
-
-
 def _read(path: Path) -> dict[str, Any]:
     """The state in `path`; raises _Damaged for anything but a whole checkpoint of this name."""
     try:
         if not path.is_file():  # a pipe would wait for ever
-            raise _Damaged("unreadable (not a regular file)")
+            raise _Damaged("not a regular file")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = file.read(_HEADER.size)
-            if not header:
-                raise _Damaged("empty")
-            if header[:len(_MAGIC)] != _MAGIC[:len(header)]:
-                raise _Damaged("not a checkpoint")
-            if len(header) < _HEADER.size:
-                raise _Damaged("truncated within its header")
-            _, expected, digest = _HEADER.unpack(header)
-            if size - len(header) > expected:
-                raise _Damaged(f"wrong size ({size - len(header)} bytes where its header says {expected})")
-            payload = file.read()
+            header, payload = file.read(_HEADER.size), file.read()
     except OSError as error:
         raise _Damaged(f"unreadable ({error.strerror or error})") from error
-    if len(payload) != expected:
-        raise _Damaged(f"truncated ({len(payload)} of {expected} bytes)")
-    if _digest(path.name, payload) != digest:
-        raise _Damaged("wrong checksum (changed, or a checkpoint of another name)")
+    if not header.startswith(_MAGIC):
+        raise _Damaged("not a checkpoint" if header else "empty")
+    if header != _header(path, payload):
+        raise _Damaged("wrong checksum (cut short, changed, or a checkpoint of another name)")
     return _unpacked(payload)
 
 
@@ -147,8 +126,5 @@ def _unpacked(payload: bytes) -> dict[str, Any]:
     return state
 
 
-def _digest(name: str, payload: bytes) -> bytes:
-    checksum = hashlib.sha256(name.encode())
-    checksum.update(b"\n")
-    checksum.update(payload)
-    return checksum.digest()
+def _header(path: Path, payload: bytes) -> bytes:
+    return _HEADER.pack(_MAGIC, len(payload), hashlib.sha256(path.name.encode() + b"\n" + payload).digest())

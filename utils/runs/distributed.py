@@ -7,7 +7,6 @@ Values that people read or decisions rest on travel between processors (gloo), g
 
 import functools
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -108,12 +107,7 @@ def on_main(function: Callable[..., T], *arguments: Any) -> T:
         return function(*arguments)
     from accelerate.utils import broadcast_object_list
 
-    told: list[Any] = [None, None]
-    if is_main():
-        try:
-            told[0] = function(*arguments)
-        except UserError as error:
-            told[1] = error
+    told = list(_outcome(function, arguments) if is_main() else (None, None))
     with _connection():
         broadcast_object_list(told)
     if told[1] is not None:
@@ -126,22 +120,21 @@ def in_turn(function: Callable[..., T], *arguments: Any) -> T:
     first of them downloads the others find; a UserError of one is raised by all."""
     if not _joined():
         return function(*arguments)
-    result, turn = None, 0 if is_main() else 1 if place().local_rank == 0 else 2
+    outcome, turn = (None, None), 0 if is_main() else 1 if place().local_rank == 0 else 2
     for now in range(3):
-        error = None
         if now == turn:
-            try:
-                result = function(*arguments)
-            except UserError as raised:
-                error = raised
-        if errors := [each for each in gathered(error) if each is not None]:
+            outcome = _outcome(function, arguments)
+        if errors := [each for each in gathered(outcome[1]) if each is not None]:
             raise errors[0]
-    return result
+    return outcome[0]
 
 
-def machines() -> int:
-    """On how many machines the processes are."""
-    return len(set(gathered(socket.gethostname())))
+def _outcome(function: Callable[..., T], arguments: tuple) -> tuple[T | None, UserError | None]:
+    """What `function` returns, or the UserError that it raises."""
+    try:
+        return function(*arguments), None
+    except UserError as error:
+        return None, error
 
 
 def _joined() -> bool:

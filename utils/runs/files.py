@@ -18,8 +18,8 @@ from torch import Tensor
 from utils.errors import UserError
 
 TEMPORARY_SUFFIX = ".part"
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_ADVICE = dict.fromkeys([errno.ENOSPC, errno.EDQUOT, errno.EFBIG], "free some space or ") | dict.fromkeys(
+    [errno.EACCES, errno.EPERM, errno.EROFS], "allow this user to write there or ")
 _CANNOT_FLUSH = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM})
 
 
@@ -44,8 +44,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
         _flush_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror or error}); {_advice(error.errno)}choose another "
-                        "'filepath', then run the same command again.") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The sentence for a file that the file system refuses."""
+    return UserError(f"{path}: could not be written ({error.strerror or error}); {_ADVICE.get(error.errno, '')}choose "
+                     "another 'filepath', then run the same command again.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -67,13 +72,11 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """What `write_sealed_json` wrote, without its `sha256`; raises UserError for a file that is not whole."""
     try:
         value = json.loads(path.read_bytes())
-        seal = value.pop("sha256")
+        if value.pop("sha256") != _seal(value):
+            raise ValueError("its checksum does not fit")
+        return value
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: is damaged ({error}); restore it from a copy, or use --overwrite to start over.") from error
-    if seal != _seal(value):
-        raise UserError(f"{path}: is damaged (its checksum does not fit); restore it from a copy, or use --overwrite to start "
-                        "over.")
-    return value
 
 
 def _seal(value: dict[str, Any]) -> str:
@@ -121,9 +124,3 @@ def _flush_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_FLUSH:
             raise
-
-
-def _advice(number: int | None) -> str:
-    if number in _FULL:
-        return "free some space or "
-    return "allow this user to write there or " if number in _FORBIDDEN else ""

@@ -43,17 +43,19 @@ def check_owner(folder: Path, config: Config) -> None:
                             "--overwrite to set it aside.")
         return
     try:
-        old = json.loads(saved.read_text(encoding="utf-8"))
-        differing = [key for key, value in config.model_dump(mode="json").items()
-                     if key not in NOT_COMPARED and old.get(key) != value]
+        shown = differences(json.loads(saved.read_text(encoding="utf-8")), config)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{saved}: cannot be read as the config of a run ({error}); choose another 'filepath' or use "
                         "--overwrite to set the folder aside.") from error
-    if differing:
-        new = config.model_dump(mode="json")
-        shown = ", ".join(f"{key} (there {json.dumps(old.get(key))}, now {json.dumps(new[key])})" for key in differing)
+    if shown:
         raise UserError(f"filepath: '{folder}' belongs to a run of another config, different in {shown}; choose another "
                         "folder or use --overwrite to set it aside.")
+
+
+def differences(old: dict[str, Any], config: Config) -> str:
+    """In what `old`, a run's config as JSON has it, would compute something else than `config`; empty if in nothing."""
+    return ", ".join(f"{key} (there {json.dumps(old.get(key))}, now {json.dumps(new)})"
+                     for key, new in config.model_dump(mode="json").items() if key not in NOT_COMPARED and old.get(key) != new)
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:
@@ -71,16 +73,11 @@ def set_aside(folder: Path) -> Path | None:
     if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return None
     with lock(folder):
-        return _rename(folder)
-
-
-def _rename(folder: Path) -> Path:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    try:
-        folder.rename(target)
-    except OSError as error:
-        raise UserError(f"filepath: '{folder}' cannot be renamed to '{target}' ({error.strerror}); move it by "
-                        "hand.") from error
-    return target
+        number = 1
+        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        try:
+            return folder.rename(target)
+        except OSError as error:
+            raise UserError(f"filepath: '{folder}' cannot be renamed to '{target}' ({error.strerror}); move it by "
+                            "hand.") from error

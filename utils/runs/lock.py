@@ -1,7 +1,12 @@
-"""One run per folder: a lock that the kernel holds for its owner, and takes back when the owner dies."""
+"""One run per folder: a lock of the `filelock` library, with its owner's name in it for the others.
+
+The library sees to one owner at a time, to a lock that the kernel takes back when its owner is killed, and to forked children
+(a data loader's workers outlive a killed parent by some seconds) that do not hold it. What is added here: the owner is named
+to whoever comes second, a folder that is set aside before its lock was got is not taken for the new one of that name, and
+where the file system knows no locks the run goes on with a warning.
+"""
 
 import errno
-import fcntl
 import os
 import re
 import socket
@@ -9,99 +14,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from utils.errors import UserError
 from utils.runs.progress import LOGGER
 
 LOCK_FILE = ".lock"
 _OWNER = re.compile(r"[0-9]{1,10} on \S{1,255}")
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-_ATTEMPTS = 10
-
-# Descriptors that hold a lock. A child keeps its parent's locks alive for as long as it has the descriptors, and the data
-# loader's workers outlive a killed parent by some seconds: so every forked child closes them. That frees nothing, since a
-# flock is only gone with its last descriptor.
-_HELD: set[int] = set()
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds `folder` (made if need be) for this process; raises UserError if another run, or this one already, holds it.
 
-    The file stays when the lock is given back or its owner is killed, and means nothing by itself: deleting it would let
-    two processes hold the same folder, one waiting on the deleted file, one on a new file of the same name. Where the file
-    system knows no locks, one warning is logged and the run goes on without.
+    The file stays when the lock is given back or its owner is killed, and means nothing by itself.
     """
-    descriptor = _acquire(folder)
-    _HELD.add(descriptor)
+    held = FileLock(folder / LOCK_FILE, timeout=0, on_acquired=_write_owner)
     try:
-        _write_owner(descriptor, f"{os.getpid()} on {socket.gethostname()}\n")
+        while not held.is_locked:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = folder.stat()
+            with suppress(FileNotFoundError):  # renamed in between
+                held.acquire()
+            if not (folder.exists() and os.path.samestat(before, folder.stat())):
+                held.release()
+    except Timeout as error:
+        raise UserError(f"filepath: '{folder}' is in use by another run ({_owner(folder)}); wait for it to end, stop it, or "
+                        "choose another folder.") from error
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise UserError(f"filepath: the folder '{folder}' cannot be locked ({error.strerror or error}); choose another "
+                            "one.") from error
+        LOGGER.warning(f"{folder}: its file system has no locks ({error.strerror}); see to it that no second run uses this "
+                       "folder.")
+    try:
         yield
     finally:
-        if descriptor in _HELD:  # not so in a forked child
-            _HELD.remove(descriptor)
-            _write_owner(descriptor, "")
-            os.close(descriptor)
+        held.release()
 
 
-def _acquire(folder: Path) -> int:
-    """An open descriptor that holds the lock, or, after a warning, one that does not where there are no locks."""
-    path = folder / LOCK_FILE
-    for _ in range(_ATTEMPTS):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise UserError(f"filepath: the folder '{folder}' cannot be locked ({error.strerror or error}); choose another "
-                            "one.") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                return descriptor
-        except BlockingIOError as error:
-            owner = _read_owner(descriptor)
-            os.close(descriptor)
-            raise UserError(f"filepath: '{folder}' is in use by another run ({owner}); wait for it to end, stop it, or choose "
-                            "another folder.") from error
-        except OSError as error:
-            if error.errno in _UNSUPPORTED:
-                LOGGER.warning(f"{folder}: its file system has no locks ({error.strerror}); see to it that no second run uses "
-                               "this folder.")
-                return descriptor
-            os.close(descriptor)
-            raise UserError(f"filepath: the folder '{folder}' cannot be locked ({error.strerror or error}); choose another "
-                            "one.") from error
-        os.close(descriptor)
-    raise UserError(f"filepath: the folder '{folder}' cannot be locked (its {LOCK_FILE} is replaced again and again); choose "
-                    "another one.")
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the locked file is still the one at `path`: the folder may have been set aside before the lock was got."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
-
-
-def _write_owner(descriptor: int, text: str) -> None:
+def _write_owner(descriptor: int) -> None:
     with suppress(OSError):  # on a full disk the lock holds all the same, its owner only goes unnamed
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def _read_owner(descriptor: int) -> str:
+def _owner(folder: Path) -> str:
     with suppress(OSError):
-        text = os.pread(descriptor, 512, 0).decode("ascii", errors="replace").strip()
+        text = (folder / LOCK_FILE).read_bytes()[:512].decode("ascii", errors="replace").strip()
         if _OWNER.fullmatch(text):
             return f"process {text}"
     return "which did not leave its name"
-
-
-def _forget_in_child() -> None:
-    for descriptor in _HELD:
-        with suppress(OSError):
-            os.close(descriptor)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)

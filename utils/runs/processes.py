@@ -1,25 +1,26 @@
 """The processes of one run: which of them this one is, and starting them from the plain command.
 
 `torchrun`, `accelerate launch`, `docs/slurm.sh` and `start` tell every process its place in the same environment variables;
-without them a run is one process. Standard library only until several CUDA devices are asked for, so that a command line
-can ask before it loads torch. What the processes say to each other is in utils/runs/distributed.py.
+without them a run is one process. `start` is kept by hand since no launcher passes on every signal, waits as long as a save
+takes and gives back the status of the process that failed first. Standard library only until several CUDA devices are asked
+for, so that a command line can ask before it loads torch. What the processes say to each other is in distributed.py.
 """
 
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from utils.errors import UserError
+
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_MAIN = Path(__file__).resolve().parents[2] / "main.py"
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_GRACE_SECONDS = 10.0  # for the others to notice that one process has failed; they cannot go on, and what is saved is whole
+GRACE_SECONDS = 10.0  # for the others to notice that one process has failed; they cannot go on, and what is saved is whole
 
 
 class Place(NamedTuple):
@@ -57,18 +58,18 @@ def processes_to_start(devices: list[str]) -> int:
     return len(devices)
 
 
-def start(processes: int, options: Namespace, config: str) -> int:
-    """Runs main.py on the file `config` in so many processes of this machine, with the command line's other `options`.
+def start(processes: int, command: list[str]) -> int:
+    """Runs `command` in so many processes of this machine, and passes every signal on to them.
 
-    Returns 0, or the exit status of the first process that failed. Unlike torchrun it passes on every signal, SIGUSR1 too,
-    waits as long as a save takes, and gives back the processes' own exit status.
+    Returns 0, or the exit status of the process that failed first: the others fail because of it, with another one.
     """
+    if sys.platform != "linux":  # whose epoll it is that tells which failed first
+        raise UserError("device: only on Linux are several processes started by the plain command; use torchrun "
+                        f"--nproc_per_node={processes}.")
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it goes by the host's name, which may not resolve
-    command = [sys.executable, str(_MAIN), "--config", config, *_passed_on(options)]
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it goes by the host's name, which may not resolve
     children: list[subprocess.Popen] = []
     received: list[int] = []
 
@@ -79,13 +80,17 @@ def start(processes: int, options: Namespace, config: str) -> int:
 
     previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        for rank in range(processes):
-            # In a session of its own: a terminal's Ctrl-C would reach it twice, from the terminal and from here.
-            children.append(subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                             stdin=subprocess.DEVNULL, start_new_session=True))
-            for number in received:
-                children[-1].send_signal(number)
-        return _wait(children, received)
+        with selectors.EpollSelector() as running:
+            for rank in range(processes):
+                # In a session of its own: a terminal's Ctrl-C would reach it twice, from the terminal and from here.
+                child = subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                                         stdin=subprocess.DEVNULL, start_new_session=True)
+                # At once, long before it can end: epoll tells in which order what it knows has ended.
+                running.register(os.pidfd_open(child.pid), selectors.EVENT_READ, rank)
+                children.append(child)
+                for number in received:
+                    child.send_signal(number)
+            return _wait(children, running, received)
     finally:
         for child in children:
             child.kill()
@@ -132,31 +137,27 @@ def _joined() -> bool:
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _passed_on(options: Namespace) -> list[str]:
-    """The command line again, without its configs."""
-    lists = [part for key in ("seed", "device") if (value := getattr(options, key)) is not None
-             for part in (f"--{key}", *map(str, value))]
-    sets = [part for text in options.overrides for part in ("--set", text)]
-    return [*lists, *sets, *(["--overwrite"] if options.overwrite else [])]
+def _wait(children: list[subprocess.Popen], running: selectors.EpollSelector, received: list[int]) -> int:
+    """Waits for all; after the first failure the others get `GRACE_SECONDS`. Returns the first status that is not 0.
 
-
-def _wait(children: list[subprocess.Popen], received: list[int]) -> int:
-    """Waits for all; after the first failure the others get `_GRACE_SECONDS`. Returns the first status that is not 0."""
-    first, deadline = 0, float("inf")
-    running = dict(enumerate(children))
-    while running:
-        time.sleep(0.05)
-        for rank, child in list(running.items()):
-            status = child.poll()
-            if status is None:
-                if time.monotonic() > deadline:
-                    child.kill()
-                continue
-            del running[rank]
+    Which failure is the first is for the kernel to say: on a busy machine several processes have ended by the time this one
+    runs again. A process's descriptor in `running` becomes ready when it ends, and epoll hands them out in that order.
+    """
+    first, deadline = 0, None
+    while running.get_map():
+        ended = running.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ended:
+            for child in children:
+                child.kill()
+            deadline = None
+        for key, _ in ended:
+            running.unregister(key.fileobj)
+            os.close(key.fileobj)
+            status = children[key.data].wait()
             if status and not first:
-                first, deadline = status if status > 0 else 128 - status, time.monotonic() + _GRACE_SECONDS
+                first, deadline = status if status > 0 else 128 - status, time.monotonic() + GRACE_SECONDS
                 if status < 0 and -status not in received:
-                    print(f"error: Process {rank} of the run was killed by {signal.Signals(-status).name}; run the same "
+                    print(f"error: Process {key.data} of the run was killed by {signal.Signals(-status).name}; run the same "
                           "command again: it goes on from the last checkpoint.", file=sys.stderr)
     return first
 

@@ -11,7 +11,10 @@ LOGGER = logging.getLogger("gumbel_cl_lora")
 
 
 class ConsoleHandler(logging.Handler):
-    """Log records as plain lines on stdout, flushed one by one; on a terminal they pass above the progress bar."""
+    """Log records as plain lines on stdout, flushed one by one; on a terminal tqdm has them pass above the progress bar.
+
+    tqdm's own handler would report a reader that has gone as an error.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -22,9 +25,9 @@ class ConsoleHandler(logging.Handler):
 
 
 class Progress:
-    """Counts optimizer steps of a whole run and shows loss, tau, accuracy and time left.
+    """Counts optimizer steps of a whole run and shows loss, tau, accuracy and time left, and other work while it lasts.
 
-    total: steps of the run. On a terminal this is a bar, refreshed a few times a second; elsewhere a line every
+    total: steps of the run. On a terminal this is a bar, refreshed every `BAR_SECONDS`; elsewhere a line every
     `LINE_SECONDS`. The figures are fetched only when they are shown, since fetching waits for the device.
     """
 
@@ -32,8 +35,8 @@ class Progress:
     LINE_SECONDS = 10.0
 
     def __init__(self, total: int, terminal: bool | None = None) -> None:
-        self.total, self.done, self.shown = total, 0, time.monotonic()
-        self.started = time.monotonic()
+        self.total, self.done, self.started = total, 0, time.monotonic()
+        self.shown = self.started
         terminal = sys.stderr.isatty() and sys.stdout.isatty() if terminal is None else terminal
         layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, bar_format=layout) if terminal else None
@@ -47,28 +50,39 @@ class Progress:
     def step(self, title: str, figures: Callable[[], dict[str, float]]) -> bool:
         """One optimizer step is done; returns whether the figures were fetched and shown."""
         self.done += 1
-        now = time.monotonic()
-        wait = self.BAR_SECONDS if self.bar is not None else self.LINE_SECONDS
-        if now - self.shown < wait:
+        if not self._due():
             return False
-        self.shown = now
         text = ", ".join(f"{name} {value:.3g}" for name, value in figures().items())
-        if self.bar is None:
-            left = (now - self.started) / self.done * (self.total - self.done)
-            LOGGER.info(f"{title}: step {self.done}/{self.total}, {text}, {format_seconds(left)} left")
-        else:
-            self.bar.set_description_str(title, refresh=False)
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(self.done - self.bar.n)
+        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        self._show(title, text, f"{title}: step {self.done}/{self.total}, {text}, {format_seconds(left)} left")
         return True
 
     def work(self, title: str, done: int, total: int) -> None:
-        """Shows work that is no optimizer step."""
+        """Work that is no optimizer step: `done` of `total` parts of what `title` says, as in "Task 3: row fit, batch"."""
+        if self._due():
+            self._show(f"{title} {done}/{total}", "", f"{title} {done}/{total}")
 
     def close(self) -> None:
         """Removes the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def _due(self) -> bool:
+        """Whether it is time to show something; it then counts as shown."""
+        now, wait = time.monotonic(), self.LINE_SECONDS if self.bar is None else self.BAR_SECONDS
+        due = now - self.shown >= wait
+        self.shown = now if due else self.shown
+        return due
+
+    def _show(self, title: str, text: str, line: str) -> None:
+        """`title` and `text` on the bar, or else `line`."""
+        if self.bar is None:
+            LOGGER.info(line)
+            return
+        self.bar.n = self.done
+        self.bar.set_description_str(title, refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.refresh()
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from utils.errors import UserError
 from utils.runs import distributed
+from utils.runs.files import cannot_write
 from utils.runs.processes import launched, place
 from utils.runs.progress import LOGGER, ConsoleHandler
 
@@ -31,22 +32,22 @@ def pick_device(names: list[str]) -> tuple[torch.device, list[str]]:
     takes the name at its place in the list, or, where the list has a single name, the CUDA device of its place.
     """
     _, _, number, processes = place()
+    quoted, count = ", ".join(f"'{name}'" for name in names), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(names) > 1 and launched() and len(names) != processes:
-        raise UserError(f"device: {_quoted(names)} are {len(names)} devices for the {processes} processes that were started "
-                        'on this machine; start as many processes as devices, or leave it at "auto".')
-    if names[0] == "cpu" or (names == ["auto"] and not torch.cuda.is_available()):
+        raise UserError(f"device: {quoted} are {len(names)} devices for the {processes} processes that were started on this "
+                        'machine; start as many processes as devices, or leave it at "auto".')
+    if names[0] == "cpu" or (names == ["auto"] and not count):
         return torch.device("cpu"), []
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), [f"device: {_quoted(names)} asked for, but this machine has no usable CUDA device; "
-                                     "running on the CPU."]
+    if not count:
+        return torch.device("cpu"), [f"device: {quoted} asked for, but this machine has no usable CUDA device; running on the "
+                                     "CPU."]
     warnings = []
     numbers = [0 if name == "auto" else int(name.removeprefix("cuda:")) for name in names]
     if len(numbers) == 1 and processes > 1:
         if names != ["auto"]:
-            warnings = [f"device: {_quoted(names)} asked for, but {processes} processes were started on this machine; they "
-                        f"take '0' to '{processes - 1}'."]
+            warnings = [f"device: {quoted} asked for, but {processes} processes were started on this machine; they take "
+                        f"'0' to '{processes - 1}'."]
         numbers = list(range(processes))
-    count = torch.cuda.device_count()
     if max(numbers) >= count:
         raise UserError(f"device: '{max(numbers)}' is not there; this machine has CUDA devices 0 to {count - 1}.")
     return torch.device("cuda", numbers[number]), warnings
@@ -71,7 +72,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     devices = distributed.gathered(str(device))
     return {"device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "platform": platform.platform(), "processes": len(devices), "devices": devices,
-            "machines": distributed.machines()}
+            "machines": len(set(distributed.gathered(platform.node())))}
 
 
 def environment() -> dict[str, str]:
@@ -82,12 +83,12 @@ def environment() -> dict[str, str]:
 
 def code_version() -> dict[str, Any]:
     """Commit of this checkout and whether it had uncommitted changes; None where it is not a git checkout."""
-    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
+    return {"commit": text.removesuffix("-dirty"), "dirty": text.endswith("-dirty")}
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -103,8 +104,7 @@ def peak_memory(device: torch.device) -> int:
     with suppress(OSError, StopIteration):  # Linux: ru_maxrss would begin with what the parent process had
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def out_of_memory(error: BaseException) -> UserError | None:
@@ -133,10 +133,7 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            raise error
-        raise UserError(f"{self.baseFilename}: could not be written ({error.strerror or error}); free some space or choose "
-                        "another 'filepath', then run the same command again.") from error
+        raise cannot_write(Path(self.baseFilename), error) if isinstance(error, OSError) else error
 
     def close(self) -> None:
         with suppress(OSError):  # what is still buffered after a failed write fails again
@@ -149,7 +146,7 @@ def log_to_file(path: Path) -> Iterator[None]:
     try:
         handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another 'filepath'.") from error
+        raise cannot_write(path, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOGGER.addHandler(handler)
     try:
@@ -159,18 +156,9 @@ def log_to_file(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True,
-                          timeout=10).stdout.strip()
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

@@ -1,16 +1,14 @@
 """Stopping a run in good order: the first signal is noted for the training loop, a second one ends the process at once.
 
-Imports nothing but the standard library, so that a command line can put it in place before it loads torch.
+By hand, since a library's handler stops where it is: the run is to finish its step and save. Standard library only, so that a
+command line can put it in place before it loads torch.
 """
 
 import os
 import signal
 import threading
 import time
-from _thread import start_new_thread
-from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any
 
 # What the process exits with once the run is saved. SIGUSR1 is a job manager's warning that it is about to preempt the
 # run, answered with EX_TEMPFAIL: nothing is wrong, start the same command again.
@@ -25,11 +23,7 @@ class Stopped(Exception):
 
     def __init__(self, received: signal.Signals) -> None:
         super().__init__(f"stopped by {received.name}")
-        self.signal = received
-
-    @property
-    def exit_status(self) -> int:
-        return EXIT_STATUS[self.signal]
+        self.signal, self.exit_status = received, EXIT_STATUS[received]
 
 
 class Signals:
@@ -41,43 +35,36 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-        self._previous_wakeup = -1
-        self._pipe: int | None = None
+        self._first: signal.Signals | None = None
+        self._repeats_until, self._previous, self._left_to_kernel = 0.0, {}, False
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal, None before. From the first look at it the kernel acts on a second one: a handler would have to
+        wait while this thread is in a call that does not return, such as a save's flush to a slow disk."""
+        if self._first is not None and not self._left_to_kernel:
+            time.sleep(max(0.0, self._repeats_until - time.monotonic()))
+            self._left_to_kernel = True
+            for number in self._previous:
+                signal.signal(number, signal.SIG_DFL)
+        return self._first
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in EXIT_STATUS:
-                self._previous[number] = signal.signal(number, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in EXIT_STATUS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C code
         self._previous.clear()
-        if self._pipe is not None:
-            signal.set_wakeup_fd(self._previous_wakeup)
-            os.close(self._pipe)
-            self._pipe = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
-            self._watch()
-
-    def _watch(self) -> None:
-        """From here on a thread acts on signals: this handler has to wait while the main thread is in a call that does not
-        return, such as a flush to a slow disk, which is when somebody sends a second one."""
-        try:
-            read, write = os.pipe()
-            os.set_blocking(write, False)
-            start_new_thread(_end_at_next, (read, time.monotonic() + REPEAT_SECONDS))
-            # threading.Thread takes locks that the interrupted code may hold
-            self._previous_wakeup, self._pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
-        except (OSError, RuntimeError):  # no descriptor or no thread to be had: the kernel can end the process, too
-            for number in EXIT_STATUS:
-                signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._repeats_until = signal.Signals(number), now + REPEAT_SECONDS
+        elif now >= self._repeats_until:
+            os._exit(128 + number)
 
 
 def leave_to_parent(worker: int = 0) -> None:
@@ -88,12 +75,3 @@ def leave_to_parent(worker: int = 0) -> None:
     """
     for number in EXIT_STATUS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end_at_next(pipe: int, repeats_until: float) -> None:
-    """Ends the process at the first of these signals that `pipe` tells of, repeats aside; returns when it is closed."""
-    with suppress(OSError):
-        while numbers := os.read(pipe, 1):
-            if numbers[0] in EXIT_STATUS and time.monotonic() >= repeats_until:
-                os._exit(128 + numbers[0])
-        os.close(pipe)

@@ -16,15 +16,11 @@ from utils.results.metrics import (
     average_accuracy,
     backward_transfer,
     count_predictions,
+    curve,
     forgetting,
-    last_accuracy,
     mean_std,
     summary,
-    top1_curve,
-    top5_curve,
-    within_task_curve,
     within_task_error_curve,
-    wrong_task_error_curve,
 )
 from utils.rng import generator
 
@@ -124,8 +120,8 @@ WORKED = [right([10], [9]), right([10, 10], [8, 7]), right([20, 10, 20], [17, 6,
 def test_metrics_worked_by_hand() -> None:
     matrix = accuracy_matrix(WORKED)
     assert matrix == [[90.0, None, None], [80.0, 70.0, None], [85.0, 60.0, 50.0]]
-    assert top1_curve(WORKED) == [90.0, 75.0, 66.0]  # 33 of 50
-    assert last_accuracy(WORKED) == 66.0
+    assert curve(WORKED) == [90.0, 75.0, 66.0]  # 33 of 50
+    assert summary(WORKED)["last_accuracy"] == 66.0
     assert average_accuracy(WORKED) == 77.0
     assert accuracy_when_learned(matrix) == [90.0, 70.0, 50.0]
     assert forgetting(matrix) == (5.0 + 10.0) / 2  # best of 90 and 80 before the last task, minus 85; 70 - 60
@@ -140,12 +136,12 @@ def test_forgetting_takes_the_best_earlier_accuracy_and_not_the_last_one() -> No
 
 def test_top5_within_task_and_error_split() -> None:
     counts = [TaskCounts([4], [2], [4], [2], [0]), TaskCounts([4, 6], [1, 3], [3, 6], [2, 4], [2, 1])]
-    assert top5_curve(counts) == [100.0, 90.0]
-    assert within_task_curve(counts) == [50.0, 60.0]
-    assert wrong_task_error_curve(counts) == [0.0, 30.0]
+    assert curve(counts, "top5") == [100.0, 90.0]
+    assert curve(counts, "within") == [50.0, 60.0]
+    assert curve(counts, "wrong_task") == [0.0, 30.0]
     assert within_task_error_curve(counts) == [50.0, 30.0]
     assert accuracy_matrix(counts, "within") == [[50.0, None], [50.0, 400 / 6]]
-    parts = np.array([top1_curve(counts), wrong_task_error_curve(counts), within_task_error_curve(counts)])
+    parts = np.array([curve(counts), curve(counts, "wrong_task"), within_task_error_curve(counts)])
     assert np.allclose(parts.sum(0), 100)
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from utils.results.metrics import TaskCounts, summary
-from utils.results.report import curve_lines, final_table, format_array, growth_lines, seeds_table
+from utils.results.report import (
+    curve_lines,
+    decision_lines,
+    final_table,
+    format_array,
+    growth_lines,
+    seeds_table,
+    told_apart,
+)
 
 BETA = [0.15, 0.32, 0.48, 0.05]
 
@@ -42,6 +50,19 @@ def test_growth_lines_of_a_pruned_adapter() -> None:
         "[Conditional Growth] ✗ Pruning adapter for task 3 (beta=0.0500 <= 0.1000)",
         "[Conditional Growth] Active adapters: 3/4 (75.0%)",
     ]
+
+
+def test_a_decision_is_told_in_its_own_words() -> None:
+    assert decision_lines(2, BETA[:3], criterion="votes: 3", reason="2 of 3 votes", kept=True, active=2, total=3,
+                          evicted={0: "no vote"}) == [
+        "[Conditional Growth] Task 2 - Beta values: [0.15 0.32 0.48]",
+        "[Conditional Growth] Current task beta: 0.4800, votes: 3",
+        "[Conditional Growth] ✗ Pruning adapter for task 0 (no vote)",
+        "[Conditional Growth] ✓ Keeping adapter for task 2 (2 of 3 votes)",
+        "[Conditional Growth] Active adapters: 2/3 (66.7%)",
+    ]
+    assert told_apart(0.12345678, 0.12345, scientific=False) == ("0.123457", "0.123450")
+    assert told_apart(None, 3e-7, scientific=True) == ("-", "3.00e-07")
 
 
 def test_growth_lines_of_a_kept_adapter() -> None:

@@ -92,10 +92,11 @@ def together(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     ended = command(sys.executable, "main.py", "--config", write_config(folder), "--device", "cpu", "cpu")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout.count("Task 1, Epoch 2/2") == 1
+    assert ended.stdout.count("Task 1, Epoch 2/2 =>") == 1
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(alone: Path, together: Path) -> None:
     one, two = epochs_of(alone), epochs_of(together)
     assert one.keys() == two.keys() and len(one) == 3
@@ -108,12 +109,14 @@ def test_two_processes_learn_what_one_does(alone: Path, together: Path) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 def test_two_processes_decide_as_one_does(alone: Path, together: Path) -> None:
     one, two = result_of(alone), result_of(together)
     assert [task["kept"] for task in one["tasks"]] == [task["kept"] for task in two["tasks"]] == [True, False]
     assert two["tasks"][1]["numbers"]["val_loss"] == pytest.approx(one["tasks"][1]["numbers"]["val_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
     for one, two in zip(result_of(alone)["tasks"], result_of(together)["tasks"], strict=True):
         assert two["counts"]["images"] == one["counts"]["images"]
@@ -121,13 +124,15 @@ def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
             assert two["counts"][name] == pytest.approx(hits, abs=1), name
 
 
+@pytest.mark.slow
 def test_one_process_writes(alone: Path, together: Path) -> None:
     assert {path.name for path in alone.iterdir()} == {path.name for path in together.iterdir()}
     log = (together / "train.log").read_text()
-    assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1", "Pruning adapter for task 1", "Results: "))
+    assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1 =>", "Pruning adapter for task 1", "Results: "))
     assert not list(together.glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_record_names_the_processes(alone: Path, together: Path) -> None:
     one, two = result_of(alone)["hardware"], result_of(together)["hardware"]
     assert (one["processes"], one["devices"], one["machines"]) == (1, ["cpu"], 1)
@@ -170,10 +175,9 @@ def test_a_signal_to_one_process_stops_all_and_torchrun_goes_on(together: Path, 
 def faulty(folder: Path, config: Path, fault: str) -> subprocess.CompletedProcess:
     """The plain command with two processes, of which process 1 has the fault."""
     (folder / "faulty.py").write_text(FAULTY)
-    script = ("import sys; from pathlib import Path; from main import parse; from utils.runs import processes as launch\n"
-              "launch._MAIN = Path(sys.argv[1])\n"
-              "sys.exit(launch.start(2, parse(['--config', sys.argv[2], '--device', 'cpu', 'cpu']), sys.argv[2]))")
-    return command(sys.executable, "-c", script, folder / "faulty.py", config, FAULT=fault, PYTHONPATH=str(ROOT))
+    script = "import sys; from utils.runs.processes import start; sys.exit(start(2, [sys.executable, *sys.argv[1:]]))"
+    return command(sys.executable, "-c", script, folder / "faulty.py", "--config", config, "--device", "cpu", "cpu",
+                   FAULT=fault, PYTHONPATH=str(ROOT))
 
 
 @pytest.mark.slow

@@ -155,5 +155,6 @@ def test_writing_moves_no_random_stream(tmp_path: Path) -> None:
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_content(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", SMALL_DISK, str(tmp_path / "a.bin")], cwd=ROOT, check=True, timeout=120)

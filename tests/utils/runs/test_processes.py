@@ -19,33 +19,50 @@ from utils.runs import processes as launch
 from utils.runs.distributed import add_up, gathered, in_turn, largest, on_main
 from utils.runs.runtime import pick_device
 
-# Stands in for main.py: says that it is there, and then does what its --config says.
+# Stands in for main.py: says that it is there, and then does what its first word says.
 CHILD = """
 import os, signal, sys, time
-rank, what, folder = os.environ["RANK"], sys.argv[2], sys.argv[0].rpartition("/")[0]
+rank, what, folder = os.environ["RANK"], sys.argv[1], sys.argv[0].rpartition("/")[0]
 def stop(number, frame):
     open(f"{folder}/told_{rank}_{number}", "w")
     sys.exit(75)
+def has_ended(pid):
+    return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] == "Z"
 if what != "killed":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
-open(f"{folder}/started_{rank}", "w").write(" ".join([os.environ[name] for name in names] + sys.argv[3:]))
+open(f"{folder}/started_{rank}", "w").write(" ".join([os.environ[name] for name in names] + sys.argv[2:]))
 if what == "fine":
     sys.exit(0)
 if what in ("fails", "killed") and rank == "1":
     sys.exit(3) if what == "fails" else os.kill(os.getpid(), signal.SIGKILL)
+if what == "fail in turn":
+    while not os.path.lexists(f"{folder}/pid_1"):
+        time.sleep(0.001)
+    if rank == "1":
+        os._exit(3)
+    while not has_ended(os.readlink(f"{folder}/pid_1")):
+        time.sleep(0.001)
+    time.sleep(0.02)
+    os._exit(4)
 time.sleep(60)
 """
 
-# The plain command with the stand-in.
+# The plain command with the stand-in. To "fail in turn" it is held, as a busy machine may hold it, until both have ended.
 PARENT = """
-import sys
-from pathlib import Path
-from main import parse
-from utils.runs import processes as launch
-launch._MAIN, launch._GRACE_SECONDS = Path(sys.argv[1]), 0.5
-sys.exit(launch.start(2, parse(["--config", sys.argv[2], *sys.argv[3:]]), sys.argv[2]))
+import os, sys, time
+from utils.runs import processes
+processes.GRACE_SECONDS = 0.5
+if sys.argv[2] == "fail in turn":
+    wait = processes._wait
+    def wait_late(children, *arguments):
+        os.symlink(str(children[1].pid), os.path.dirname(sys.argv[1]) + "/pid_1")
+        for child in children:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        return wait(children, *arguments)
+    processes._wait = wait_late
+sys.exit(processes.start(2, [sys.executable, *sys.argv[1:]]))
 """
 
 
@@ -145,17 +162,30 @@ def test_one_process_talks_to_nobody() -> None:
     assert on_main(max, 1, 2) == 2 and in_turn(max, 1, 2) == 2
 
 
-def test_the_command_line_is_passed_on(tmp_path: Path) -> None:
-    options = ["--seed", "1", "2", "--device", "cpu", "cpu", "--set", "a=1", "--set", "b=[2, 3]", "--overwrite"]
-    process = plain(tmp_path, "fine", *options)
+@pytest.mark.slow
+def test_every_process_gets_the_command_and_its_place(tmp_path: Path) -> None:
+    process = plain(tmp_path, "fine", "--seed", "1", "2")
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
     threads = str(max(1, os.cpu_count() // 2))
     started = [(tmp_path / f"started_{rank}").read_text() for rank in (0, 1)]
-    assert started == [" ".join([rank, "2", rank, "2", "127.0.0.1", threads, *options]) for rank in "01"]
-    parsed = parse(["--config", "x", *options])
-    assert parsed == parse(["--config", "x", *launch._passed_on(parsed)])
+    assert started == [f"{rank} 2 {rank} 2 127.0.0.1 {threads} --seed 1 2" for rank in (0, 1)]
 
 
+def test_the_command_line_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was given, with the config that the processes are for in place of all."""
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path in paths:
+        Path(path).write_text(json.dumps({**SMALL, "filepath": f"{path}.run"}))
+    started = []
+    monkeypatch.setattr(launch, "start", lambda *arguments: started.append(arguments) or 7)
+    words = ["--seed", "1", "2", "--device", "cpu", "cpu", "--set", "epochs=2", "--set", "batch_size=5", "--overwrite"]
+    assert main([*words, "--config", *paths]) == 7
+    for path, (processes, (python, file, *arguments)) in zip(paths, started, strict=True):
+        assert (processes, python, file) == (2, sys.executable, str(ROOT / "main.py"))
+        assert parse(arguments) == parse([*words, "--config", path])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_process_and_its_status_comes_back(number: signal.Signals, tmp_path: Path) -> None:
     process = plain(tmp_path, "waits")
@@ -165,12 +195,24 @@ def test_signals_reach_every_process_and_its_status_comes_back(number: signal.Si
     wait_for(tmp_path, f"told_0_{number}", f"told_1_{number}")
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_brings_the_others_down(tmp_path: Path) -> None:
     process = plain(tmp_path, "fails")
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 3
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:
     process = plain(tmp_path, "killed")
     message = process.communicate(timeout=30)[1]
     assert message.count("\n") == 1 and "Process 1 " in message and "SIGKILL" in message and process.returncode == 137
+
+
+@pytest.mark.slow
+def test_the_status_is_that_of_the_process_that_failed_first(tmp_path: Path) -> None:
+    """Process 1 has ended 20 ms before process 0 does, and this process sees either only when both have."""
+    processes = []
+    for trial in range(20):
+        (tmp_path / str(trial)).mkdir()
+        processes.append(plain(tmp_path / str(trial), "fail in turn"))
+    assert [(process.communicate(timeout=120)[1], process.returncode) for process in processes] == [("", 3)] * 20
