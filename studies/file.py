@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from utils.config import Config
+import models  # noqa: F401  (every key of every method)
+from utils.config import known_keys
 from utils.config.file import read_config_file
 from utils.config.rules import MAX_SEED, FilePath, Seeds, escaped, show
 from utils.errors import UserError, nearest
@@ -68,7 +69,7 @@ def read_study_file(path: Path, changes: Mapping[str, tuple[Any, str]]) -> Study
     source = escaped(str(path))
     values = {**_without_comments(read_config_file(path)), **{key: value for key, (value, _) in changes.items()}}
     for key in (key for key in values if key not in StudyFile.model_fields):
-        hint = (" A change of the config goes into 'variants' or 'grid'." if key in Config.model_fields else
+        hint = (" A change of the config goes into 'variants' or 'grid'." if key in known_keys() else
                 nearest(key, StudyFile.model_fields) or f" A study has the keys {', '.join(StudyFile.model_fields)}.")
         raise UserError(f"{source}: '{escaped(key[:60])}' is not a key of a study.{hint}")
     try:
@@ -130,8 +131,8 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         if key in _SETTLED:
             where = "in the base, or on the command line" if key == "device" else "at the top of the study"
             yield f", {place}: '{key}' cannot vary within a study; give it {where}."
-        if key not in Config.model_fields:
-            hint = nearest(key, Config.model_fields) or " docs/CONFIG.md lists the keys."
+        if key not in known_keys():
+            hint = nearest(key, known_keys()) or " docs/CONFIG.md lists the keys."
             yield f", {place}: '{escaped(key[:60])}' is not a key of the config.{hint}"
     for key, items in file.grid.items():
         same = [(isinstance(item, bool), item) for item in items]  # 1 is 1.0, but true is not 1

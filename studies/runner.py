@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from studies.study import Study, StudyRun
-from trainer import check
 from utils.config import config_warnings
 from utils.config.rules import show
 from utils.data import DATASETS
@@ -79,7 +78,6 @@ def _state(run: StudyRun, overwrite: bool) -> str:
     """"finished", "begun" or "to do"; raises UserError if the run cannot be made."""
     if run.config.dataset not in DATASETS:
         raise unknown("dataset", run.config.dataset, DATASETS)
-    check(run.config)
     if not overwrite and run.record():
         return "finished"
     return "begun" if not overwrite and (run.folder / "config.json").exists() else "to do"

@@ -73,10 +73,10 @@ class StudyRun:
             raise UserError(f"{path}: is the record of a run that is not finished; delete the file, or put a finished one "
                             "there.")
         try:
-            old = config_from_dict(record["config"], str(path)).model_dump(mode="json")
-        except (KeyError, TypeError) as error:
+            shown = run_folder.differences(record["config"], self.config)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: holds no config of a run; delete the file to have this run made again.") from error
-        if shown := run_folder.differences(old, self.config):
+        if shown:
             raise UserError(f"{path}: is the record of another config, different in {shown}; delete the file to have this "
                             "run made again, or add --set results=null to leave committed records out.")
         return record

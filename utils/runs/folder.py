@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.config import Config
+from utils.config import Config, config_of_record
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, remove_leftovers, write_json
 from utils.runs.lock import LOCK_FILE, lock
@@ -53,9 +53,13 @@ def check_owner(folder: Path, config: Config) -> None:
 
 
 def differences(old: dict[str, Any], config: Config) -> str:
-    """In what `old`, a run's config as JSON has it, would compute something else than `config`; empty if in nothing."""
-    return ", ".join(f"{key} (there {json.dumps(old.get(key))}, now {json.dumps(new)})"
-                     for key, new in config.model_dump(mode="json").items() if key not in NOT_COMPARED and old.get(key) != new)
+    """In what `old`, a run's config as JSON has it, would compute something else than `config`; empty if in nothing.
+
+    Of a key that is younger than the run its default counts, and of one without effect nothing. Raises UserError.
+    """
+    before, now = config_of_record(old, "config.json").model_dump(mode="json"), config.model_dump(mode="json")
+    return ", ".join(f"{key} (there {json.dumps(before.get(key))}, now {json.dumps(now.get(key))})"
+                     for key in {**now, **before} if key not in NOT_COMPARED and before.get(key) != now.get(key))
 
 
 def finished_result(folder: Path) -> dict[str, Any] | None:

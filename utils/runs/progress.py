@@ -58,7 +58,7 @@ class Progress:
         return True
 
     def work(self, title: str, done: int, total: int) -> None:
-        """Work that is no optimizer step: `done` of `total` parts of what `title` says, as in "Task 3: row fit, batch"."""
+        """Work that is no optimizer step: `done` of `total` parts of what `title` says, as in "Task 3: row fit"."""
         if self._due():
             self._show(f"{title} {done}/{total}", "", f"{title} {done}/{total}")
 
