@@ -115,13 +115,13 @@ def test_benchmark_configs_have_the_stream_and_optimisation_of_sdlora(name):
     assert {"optimizer", "momentum", "weight_decay", "init_lr", "lrate", "scheduler", "milestones", "init_epoch", "epochs",
             "batch_size", "rank", "head_lr"} <= load_config(EXPS / f"{name}_original.json").model_dump().keys()
     assert differing_from_original(name) == set()
-    assert differing_from_original(f"{name}_evidence") == {"growth_threshold"}
+    assert differing_from_original(f"{name}_evidence") == {"growth_threshold", "row_fit"}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "glyphs"])
 def test_pairs_without_a_download_share_stream_budget_and_capacity(name):
     assert differing_from_original(name) - {"eval_every"} == {"refit_lr"}
-    assert differing_from_original(f"{name}_evidence") - {"eval_every"} == {"growth_threshold", "refit_lr"}
+    assert differing_from_original(f"{name}_evidence") - {"eval_every"} == {"growth_threshold", "refit_lr", "row_fit"}
 
 
 def test_variants_of_sdlora_differ_in_what_they_are_named_for():

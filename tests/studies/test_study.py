@@ -144,7 +144,7 @@ def test_variants_times_grid_times_seeds(tmp_path: Path) -> None:
         for seed in (1, 2) for variant in ("sdlora", "other") for epochs in (1, 2)]
     first = runs[0]
     assert (first.variant, dict(first.changes)) == ("sdlora", {"gate": "none", "gate_lr": None, "epochs": 1, "batch_size": 16})
-    assert (first.config.gate, first.config.gate_lr, first.config.epochs, first.config.batch_size) == ("none", None, 1, 16)
+    assert (first.config.gate, first.config.epochs, first.config.batch_size) == ("none", 1, 16)
     assert first.folder == tmp_path / "sub" / "runs" / first.name / "seed_1" == Path(first.config.filepath)
     assert first.recorded == tmp_path / "records" / first.name / "seed_1.json"
     assert {run.config.rank for run in runs if run.variant == "other"} == {3}
@@ -169,10 +169,10 @@ def test_null_is_as_if_the_base_did_not_give_the_key(change: dict, tmp_path: Pat
 def test_a_variant_of_another_method_drops_what_has_no_effect_for_it(tmp_path: Path) -> None:
     without = dict.fromkeys(["rank", "gate_lr", "init_epoch", "epochs", "init_lr", "lrate"])
     path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil", **without}})
-    check(load_study(path).runs()[0].config)
+    assert load_study(path).runs()[0].config.model_name == "simplecil"
     path = write_study(tmp_path, seed=1, variants={"means": {"model_name": "simplecil"}})
     with pytest.raises(UserError, match="no effect"):
-        check(load_study(path).runs()[0].config)
+        load_study(path)
 
 
 def test_names_are_safe_as_folders(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ BAD = {
     "variant base": ({"variants": {"a": {"base": "x.json"}}}, ["'base'", "x.json", "no such file"]),
     "variant base empty": ({"variants": {"a": {"base": ""}}}, ["variant 'a'", "'base' is \"\""]),
     "variant and grid": ({"variants": {"a": {"rank": 2}}, "grid": {"rank": [4]}}, ["'rank'", "variant 'a'", "'grid'"]),
-    "contradiction": ({"variants": {"ok": {}, "a": {"gate": "none"}}}, ["base.json", "variant 'a'", "'gate_lr'", "'gate'"]),
+    "contradiction": ({"variants": {"ok": {}, "a": {"gate": "none"}}}, ["base.json", "'gate_lr'", 'gate "none"']),
     "contradictory grid": ({"grid": {"gumbel_tau_init": [5.0, 0.2], "gumbel_tau_final": [0.1, 0.5]}},
                            ["'gumbel_tau_final' is 0.5", "'gumbel_tau_init' of 0.2", "study.json, grid"]),
 }
@@ -245,7 +245,7 @@ def test_a_bad_study_is_one_sentence(keys: dict, words: list[str], tmp_path: Pat
 
 @pytest.mark.parametrize("changes, word", [
     ({"model_name": "sdlroa"}, "'sdlora'"), ({"dataset": "digit"}, "'digits'"),
-    ({"model_name": "simplecil", "rank": 4, "gate": "sparsemax"}, "'simplecil'"), ({"rank": 0}, "'rank'")])
+    ({"model_name": "simplecil", "rank": 4, "gate": "sparsemax"}, '"simplecil"'), ({"rank": 0}, "'rank'")])
 def test_nothing_starts_when_one_config_is_bad(changes: dict, word: str, tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path, variants={"good": {}, "bad": changes})
     assert command.main(["--config", str(path)]) == 2
