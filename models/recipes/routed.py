@@ -26,6 +26,7 @@ from utils.config import key
 from utils.gumbel_utils import sparsity_loss
 from utils.runs import distributed
 from utils.runs.files import write_safetensors
+from utils.runs.progress import LOGGER
 
 
 class RoutedKeys(TrainedKeys, GumbelKeys, PriceKeys, GrowthKeys):
@@ -142,6 +143,8 @@ class Routed(GumbelSparsemax):
         kept = task in self._decision.keep
         self.keys.learn(task, self._new, None if kept else self._nearest)
         if not kept:
+            LOGGER.info(f"Task {task}: its adapter is refused at step {learner.steps_done()} and trained no further; its images "
+                        f"join the key of task {self._nearest}")
             learner.bank.keep_only(self._decision.keep)
             self.router.join(task, self._nearest)
             self.route[task] = self._nearest
