@@ -97,6 +97,7 @@ class GradientLearner(BaseLearner):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.head = HEADS[self.config.head](self.backbone.width, self.config, self.seed).to(self.device)
+        self._process = distributed.part()  # asked for once: a step of a single process has nothing to do with others
         self._optimizer: torch.optim.Optimizer | None = None
         self._position = Position(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
@@ -135,19 +136,21 @@ class GradientLearner(BaseLearner):
         self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
 
     def train(self) -> None:
-        config, task, data = self.config, self.task, self.data
+        config, task, data, epochs = self.config, self.task, self.data, epochs_of(self.config, self.task)
         optimizer = self._optimizer = self.optimizer()
         if self._resumed is not None:
             optimizer.load_state_dict(self._resumed)
-        for epoch in range(self._position.epoch, epochs_of(config, task)):
+        for epoch in range(self._position.epoch, epochs):
             set_learning_rates(optimizer, config, task, epoch)
+            title = f"Task {task}, Epoch {epoch + 1}/{epochs}"
             _, first, step, meter = self._position
-            batches = data.train_batches(task, epoch, config.batch_size, skip=first, part=distributed.part())
+            batches = data.train_batches(task, epoch, config.batch_size, skip=first, part=self._process)
             for batch, (images, labels) in enumerate(batches, first):
                 total = data.images_in_batch(task, batch, config.batch_size)
                 extra = self.before_step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
-                add_up_gradients(self._trained(), clf, correct)
+                if self._process != (0, 1):
+                    add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
                 if config.nan_policy == "skip" and not finite:
                     self._skip(meter)
@@ -157,9 +160,9 @@ class GradientLearner(BaseLearner):
                 optimizer.zero_grad()
                 step += 1
                 self._position = Position(epoch, batch + 1, step, meter)
-                self._show(epoch)
+                self._show(title)
                 self.session.after_step()
-            self._end_epoch(epoch)
+            self._end_epoch(epoch, title)
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
 
     def backward(self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +178,7 @@ class GradientLearner(BaseLearner):
         pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True)) if len(labels) else []
         for index, (x, y) in enumerate(pieces):
             last = index + 1 == len(pieces)
-            share, hits = self._part(x, y, extra if last and distributed.is_main() else None, total, last)
+            share, hits = self._part(x, y, extra if last and self._process[0] == 0 else None, total, last)
             clf += share
             correct += hits
         return clf, extra.detach(), correct
@@ -254,19 +257,18 @@ class GradientLearner(BaseLearner):
 
     # ---- log and checks
 
-    def _show(self, epoch: int) -> None:
-        title = f"Task {self.task}, Epoch {epoch + 1}/{epochs_of(self.config, self.task)}"
+    def _show(self, title: str) -> None:
         if self.session.progress.step(title, self._shown_figures) or self.device.type == "cpu":
             self._stop_if_not_finite()
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, title: str) -> None:
         self._stop_if_not_finite()
         every, epochs, means = self.config.eval_every, epochs_of(self.config, self.task), self._position.meter.read()
         wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
         test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
         parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
                  f"Train_accy {means['accuracy']:.2f}", *test]
-        LOGGER.info(f"Task {self.task}, Epoch {epoch + 1}/{epochs} => {', '.join(parts)}")
+        LOGGER.info(f"{title} => {', '.join(parts)}")
         self._position = Position(epoch + 1, 0, self._position.step, Meter(self.device))
 
     def _shown_figures(self) -> dict[str, float]:
@@ -305,8 +307,6 @@ class GradientLearner(BaseLearner):
 
 def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
     """The gradients of `parameters`, and the `others`, become their sums over all processes."""
-    if distributed.part() == (0, 1):
-        return
     for p in parameters:
         if p.grad is None:  # a process without images in this batch
             p.grad = torch.zeros_like(p)

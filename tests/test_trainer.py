@@ -19,8 +19,7 @@ import trainer
 from main import main
 from models import load_network
 from models.sdlora import SDLoRA
-from tests.helpers import ROOT
-from tests.learners import SMALL, learn, learner_of, small_config
+from tests.helpers import ROOT, SMALL, learn, learner_of, small_config
 from utils.results.metrics import TaskCounts, count_predictions, summary
 from utils.runs.progress import LOGGER
 

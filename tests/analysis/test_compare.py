@@ -16,8 +16,7 @@ from analysis.compare import compare, main
 from analysis.measures import MEASURES, measures_of
 from analysis.pictures import growth_figure, heatmap_figure, non_dominated, pareto_figure
 from analysis.records import find_runs, group_runs
-from tests.helpers import ROOT
-from tests.run_records import save, true_record, varied
+from tests.helpers import ROOT, save, true_record, varied
 from utils.errors import UserError
 
 SEEDS = range(1993, 1998)

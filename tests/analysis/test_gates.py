@@ -30,7 +30,7 @@ from analysis.gate_tables import TABLES
 from analysis.gates import main
 from backbone import create_backbone
 from models import load_network
-from tests.learners import SMALL, small_config
+from tests.helpers import SMALL, small_config
 from utils.config import config_from_dict
 from utils.data import load_dataset
 from utils.errors import UserError

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from backbone import gated_linear
 from backbone.gated_linear import GatedLinear, GatedQKV, Operands
-from tests.reference import bank_on, filled_bank, images, loop_network, tiny_vit, trained
+from tests.helpers import bank_on, filled_bank, images, loop_network, tiny_vit, trained
 from utils.rng import generator
 
 WIDTH = 8

@@ -19,8 +19,7 @@ from backbone.heads.cosine import CosineHead
 from backbone.heads.ridge import CANDIDATES, HELD_OUT, RidgeHead
 from models import load_network
 from models.base import BaseLearner
-from tests.helpers import ROOT
-from tests.learners import learn, learner_of, small_config, test_images
+from tests.helpers import ROOT, learn, learner_of, small_config, test_images
 from utils.errors import UserError
 
 QUICK = {"ridge_dim": 48, "align_epochs": 1, "align_samples": 16}

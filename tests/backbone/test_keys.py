@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backbone.keys import Key, Keys, key_size, token_statistics
-from tests.learners import learner_of, small_config
+from tests.helpers import learner_of, small_config
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 from backbone.gated_linear import GatedQKV
 from backbone.lora import frobenius_norm, inject
-from tests.reference import bank_on, filled_bank, images, loop_network, tiny_vit, trained
+from tests.helpers import bank_on, filled_bank, images, loop_network, tiny_vit, trained
 from utils.errors import UserError
 from utils.rng import generator
 

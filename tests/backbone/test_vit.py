@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbone import FrozenViT, create_backbone
 from backbone.lora import inject
 from backbone.vit import _full_name, data_config, fused_qkv, load_vit, weights_sha256
-from tests.learners import small_config
+from tests.helpers import small_config
 from utils.errors import UserError
 
 TINY = "test_vit"  # timm's own test network: 160 pixels, patches of 16, 6 blocks of width 64

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backbone.embedded import EMBEDDED
 from benchmarks import case, run, step, stream
 from benchmarks.references import loop_layers, stacked_layers
-from tests.learners import in_float64
+from tests.helpers import in_float64
 from utils.rng import generator
 
 SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax", "device": "cpu",

@@ -9,7 +9,7 @@ import torch
 
 import trainer
 from models import load_network
-from tests.learners import small_config
+from tests.helpers import small_config
 from utils.errors import UserError
 from utils.runs.files import sha256_of
 

@@ -5,7 +5,7 @@ import torch
 
 from models.growth import combination_of_stored
 from models.sdlora import rank_of
-from tests.learners import in_float64, learn, learner_of, small_config, test_images
+from tests.helpers import in_float64, learn, learner_of, small_config, test_images
 from utils.gumbel_utils import TemperatureScheduler
 from utils.runs.progress import LOGGER
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.learners import SMALL
 
 import main as command
 from backbone.embedded import EMBEDDED
@@ -23,7 +24,6 @@ from studies.file import _MARKS
 from studies.study import is_study, load_study
 from studies.study import main as study_command
 from tests.helpers import ROOT
-from tests.learners import SMALL
 from trainer import check
 from utils.config import Config, load_config
 from utils.errors import UserError

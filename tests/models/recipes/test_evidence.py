@@ -22,7 +22,7 @@ import trainer
 from backbone.gates import EvidenceGate
 from models import load_network
 from models.base import BaseLearner
-from tests.learners import in_float64, learn, learner_of, small_config, test_images
+from tests.helpers import in_float64, learn, learner_of, small_config, test_images
 from utils.config import config_warnings
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, count_predictions, kept_set

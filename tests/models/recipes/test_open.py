@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.embedded import EMBEDDED
-from tests.learners import learner_of, small_config, test_images
+from tests.helpers import learner_of, small_config, test_images
 from utils.rng import generator
 
 
