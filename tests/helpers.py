@@ -47,7 +47,10 @@ def learner_of(config: Config, session: Session | None = None) -> BaseLearner:
     """The config's learner on its data, before the first task; without a `session` nobody evaluates or interrupts it."""
     backbone, data = build(config, config.seed[0], torch.device("cpu"))
     kind = LEARNERS[config.model_name]
-    return kind(config, kind.stream(data), backbone, config.seed[0], session or Quiet())
+    learner = kind(config, kind.stream(data), backbone, config.seed[0], session or Quiet())
+    if isinstance(session, Watch):
+        session.learner = learner
+    return learner
 
 
 def learn(learner: BaseLearner, tasks: range, end_last: bool = True) -> BaseLearner:
@@ -58,6 +61,52 @@ def learn(learner: BaseLearner, tasks: range, end_last: bool = True) -> BaseLear
         if end_last or task + 1 < tasks.stop:
             learner.end_task()
     return learner
+
+
+def grown(learner: BaseLearner, tasks: range, begin_next: bool = False) -> BaseLearner:
+    """As `learn`, without training: the adapters' B is random instead. `begin_next`: the task after `tasks` has begun."""
+    for task in tasks:
+        learner.begin_task(task)
+        randomize(learner)
+        learner.end_task()
+    if begin_next:
+        learner.begin_task(tasks.stop)
+        randomize(learner)
+    return learner
+
+
+class Interrupted(Exception):
+    """What a `Watch` raises."""
+
+
+class Watch(Quiet):
+    """A session that evaluates when it is asked to, and notes all work. `stop_at`: the call of `after_step` or `work` at which
+    it raises Interrupted."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.evaluated: list[int] = []  # classes seen at every evaluation
+        self.stop_at, self.learner = stop_at, None
+
+    def evaluate(self) -> float:
+        self.evaluated.append(logits(self.learner).shape[1])
+        return 0.0
+
+    def after_step(self) -> None:
+        self.work("step", 0, 1)
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        self.calls.append(title)
+        if len(self.calls) == self.stop_at:
+            raise Interrupted
+
+
+@torch.no_grad()
+def randomize(learner: BaseLearner) -> None:
+    """The current adapter looks trained."""
+    if learner.bank.current is not None:
+        learner.bank.new_B.copy_(torch.randn(learner.bank.new_B.shape, generator=generator(learner.task, "B")) * 0.1)
 
 
 def resumed(learner: BaseLearner, session: Session | None = None) -> BaseLearner:
