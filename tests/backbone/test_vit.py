@@ -174,6 +174,7 @@ def test_dino_is_created_and_injected() -> None:
     assert data_config(vit) == (224, IMAGENET) and len(inject(vit, "x")) == 12 and vit.num_features == 384
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, registers", [("vit_small_patch14_dinov2", 0), ("vit_small_patch14_reg4_dinov2", 4)])
 def test_dinov2_takes_its_own_names_and_another_image_size(name: str, registers: int, tmp_path: Path) -> None:
     source = random_vit(name, img_size=56)  # a grid of 4 x 4 where the model has 37 x 37

@@ -100,7 +100,8 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch: pytest.MonkeyP
     poison(monkeypatch, {3})
     with pytest.raises(UserError) as caught:
         learn(learner_of(small_config(nb_tasks=2)), range(2))
-    assert all(word in str(caught.value) for word in ("The loss", "task 1", "epoch 1", "step 3", "tau", "init_lr", "gumbel_tau_final"))
+    words = ("The loss", "task 1", "epoch 1", "step 3", "tau", "init_lr", "gumbel_tau_final")
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
