@@ -129,6 +129,7 @@ def test_it_keeps_where_a_domain_is_new_and_drops_where_it_returns(whole: tuple)
     assert {task: key.classes for task, key in learner.recipe.keys.of.items()} == {0: 4 + 3, 1: 3}
 
 
+@pytest.mark.slow
 def test_the_decision_does_not_follow_how_one_trains(whole: tuple) -> None:
     other = {"init_epoch": 2, "epochs": 2, "batch_size": 100, "init_lr": 0.05, "lrate": 0.002, "head_lr": 0.1, "refit_lr": 0.1,
              "optimizer": "adam", "rank": 2}
@@ -302,6 +303,7 @@ def test_log_lines_say_what_was_decided(run: trainer.Run) -> None:
 # ---- with other parts, and what is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"head": "cosine"}, {"head": "ridge", "ridge_dim": 48},
                                      {"head": "aligned", "align_epochs": 1, "align_samples": 16}, {"precision": "bf16"},
                                      {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002}],
