@@ -20,7 +20,7 @@ from backbone.heads import HEADS
 from models import BaseLearner
 from models.recipes import GATES
 from models.training import Meter
-from tests.helpers import Watch, grown, learner_of, small_config
+from tests.helpers import Watch, grown, learn, learner_of, small_config
 from utils.results.metrics import TaskCounts, tally_predictions
 
 CUDA = torch.device("cuda")
@@ -40,7 +40,9 @@ class Rehearsal(FakeTensorMode):
             return super().__torch_dispatch__(func, types, args, kwargs)
         self.reads += args[0].device.type == "cuda"
         kind = args[0].dtype
-        return self.answer if kind is torch.bool else (100.0 if self.answer else 0.5) if kind.is_floating_point else 0
+        if kind.is_floating_point:
+            return 100.0 if self.answer else 0.5
+        return {torch.bool: self.answer, torch.int32: 0}.get(kind, 2)  # linear algebra went well; classes of a task
 
 
 class Delimited(Watch):
@@ -70,7 +72,7 @@ def evaluated(learner: BaseLearner) -> None:
     tally = torch.zeros(len(TaskCounts.__dataclass_fields__), tasks, dtype=torch.long, device=CUDA)
     learner.start_evaluation()
     before = learner.session.mode.reads
-    for images, labels in learner.data.eval_batches("test", seen, 64):
+    for images, labels in learner.data.eval_batches("test", seen, 150):
         tally += tally_predictions(learner.predict(images), labels, task_of_class, tasks)
     assert learner.session.mode.reads == before
 
@@ -89,25 +91,27 @@ def on_cuda(learner: BaseLearner) -> BaseLearner:
             part._buffers.update({name: moved(tensor) for name, tensor in part._buffers.items() if tensor is not None})
     if hasattr(learner, "recipe"):
         learner.load_state({**learner.state(), "decision_beta": learner.decision_beta})
-    learner.device = learner.data.device = CUDA
     for source in learner.data._sources.values():
         source.images, source.device = moved(source.images), CUDA
+    learner.device = learner.data.device = CUDA
+    learner.data._mean_std = learner.data._mean_std and [moved(part) for part in learner.data._mean_std]
     return learner
 
 
-@pytest.fixture
-def still(monkeypatch: pytest.MonkeyPatch) -> None:
+def hold_still(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward gives every leaf of the graph a gradient, and no optimizer moves anything."""
 
     def backward(tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
         assert tensor.requires_grad and tensor.device.type == "cuda"
-        nodes = [tensor.grad_fn]
+        nodes, seen = [tensor.grad_fn], set()
         while nodes:
             node = nodes.pop()
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                leaf.grad = torch.empty_like(leaf)
-            nodes += [following for following, _ in getattr(node, "next_functions", ()) if following is not None]
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                node.variable.grad = torch.empty_like(node.variable)
+            nodes += [following for following, _ in node.next_functions]
 
     monkeypatch.setattr(Tensor, "backward", backward)
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
@@ -126,19 +130,17 @@ _CASES = [{"gate": gate} for gate in GATES] + [
 @pytest.mark.parametrize("changes, answer", [
     pytest.param(changes, answer, id=",".join(map(str, [*changes.values(), "kept" if answer else "dropped"])))
     for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule"} & changes.keys() else [True])])
-def test_two_tasks_on_a_device_that_is_not_there(changes: dict, answer: bool, still, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = learner_of(small_config(batch_size=128, **changes))
+def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(small_config(batch_size=150, **changes))
     if hasattr(learner, "recipe"):
         grown(learner, range(1))
-    orders = {(task, epoch): learner.data._shuffled(task, epoch) for task in (1, 2) for epoch in range(4)}
-    monkeypatch.setattr(learner.data, "_shuffled", lambda task, epoch: orders[task, epoch])  # drawn on the host, with values
+    orders = [learner.data._shuffled(1, epoch) for epoch in range(4)]
+    monkeypatch.setattr(learner.data, "_shuffled", lambda task, epoch: orders[epoch])  # drawn on the host, with values
+    hold_still(monkeypatch)
     with Rehearsal(answer) as mode:
         session = learner.session = Delimited(mode)
         session.learner = on_cuda(learner)
-        for task in (1, 2):
-            learner.begin_task(task)
-            learner.train()
-            learner.end_task()
+        learn(learner, range(1, 2))
         assert session.calls and session.waits == []
 
 
