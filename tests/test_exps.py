@@ -6,16 +6,10 @@ import pytest
 
 from tests.helpers import ROOT
 from utils.config import (
-    GROUPS,
     Config,
-    config_from_dict,
-    config_schema,
-    config_table,
     config_warnings,
     load_config,
-    main,
 )
-from utils.errors import UserError
 
 EXPS = ROOT / "exps"
 SHIPPED = sorted(path for path in EXPS.glob("*.json") if not path.name.endswith(".schema.json"))
@@ -147,125 +141,3 @@ def test_c100_test_config_is_the_text_people_use():
     assert list(shipped.items()) == list(expected.items())
     config = load_config(EXPS / "sdlora_c100_test.json")
     assert config.gumbel_anneal_rate == 0.999 and config.device == ["0"]
-
-
-def test_every_key_is_documented_and_has_a_group():
-    for key, field in Config.model_fields.items():
-        assert field.description and field.description.endswith("."), key
-        assert field.json_schema_extra["group"] in GROUPS
-        assert field.json_schema_extra["unset"] or field.default is not None, key
-
-
-def test_the_table_in_the_documentation_is_the_one_made_from_the_class(capsys):
-    for page in ("docs/CONFIG.md", "README.md"):
-        assert config_table().strip() in (ROOT / page).read_text(encoding="utf-8"), page
-    assert all(config_table().count(f"\n| `{key}` |") == 1 for key in Config.model_fields)
-    main(["table"])
-    assert capsys.readouterr().out == config_table()
-
-
-def test_the_committed_schema_is_the_one_made_from_the_class(capsys):
-    assert json.loads((EXPS / "config.schema.json").read_text()) == config_schema()
-    main(["schema"])
-    assert json.loads(capsys.readouterr().out) == config_schema()
-
-
-_JSON_TYPES = {
-    "string": str,
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
-
-
-def is_type(name: str, value: object) -> bool:
-    if name in ("integer", "number"):
-        return isinstance(value, int if name == "integer" else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, _JSON_TYPES[name])
-
-
-def conforms(schema: dict, value: object) -> bool:
-    """JSON Schema validation with the keywords that the schema of the configs uses; any other is an error."""
-    limits = {
-        "minimum": lambda limit: value >= limit,
-        "maximum": lambda limit: value <= limit,
-        "exclusiveMinimum": lambda limit: value > limit,
-        "exclusiveMaximum": lambda limit: value < limit,
-        "minLength": lambda limit: len(value) >= limit,
-        "minItems": lambda limit: len(value) >= limit,
-        "maxItems": lambda limit: len(value) <= limit,
-        "items": lambda inner: all(conforms(inner, item) for item in value),
-        "uniqueItems": lambda unique: not unique or len(set(map(repr, value))) == len(value),
-        "enum": lambda choices: any(value == choice and type(value) is type(choice) for choice in choices),
-        "const": lambda choice: value == choice,
-        "anyOf": lambda options: any(conforms(option, value) for option in options),
-        "description": lambda text: True,
-        "default": lambda default: True,
-    }
-    kinds = schema.get("type", [])
-    if kinds and not any(is_type(kind, value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        return False
-    return all(limits[word](limit) for word, limit in schema.items() if word != "type")
-
-
-def file_conforms(values: dict) -> bool:
-    schema = config_schema()
-    assert schema["additionalProperties"] is False and list(schema["patternProperties"]) == ["^_comment"]
-    known = {key: value for key, value in values.items() if not key.startswith("_comment")}
-    return set(schema["required"]) <= set(known) <= set(schema["properties"]) and all(
-        conforms(schema["properties"][key], value) for key, value in known.items()
-    )
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_conform_to_the_schema(path):
-    assert file_conforms(json.loads(path.read_text()))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {**MINIMAL, "device": 0, "seed": 5, "gumbel_anneal_rate": 0.5, "prefix": "", "_comment_more": [1]},
-        {**MINIMAL, "device": ["cpu"], "seed": [5, 6], "increment": None, "init_lr": 1, "nb_tasks": 3},
-        {
-            **MINIMAL,
-            "memory_size": 0,
-            "memory_per_class": 0,
-            "fixed_memory": False,
-            "init_milestones": [1, 2],
-        },
-        {**MINIMAL, "gate": "none", "rank_schedule": [[0, 4], [2, 2]], "growth_rule": "kd"},
-    ],
-)
-def test_the_schema_takes_what_the_loader_takes(values):
-    assert file_conforms(values)
-    given = {key: value for key, value in values.items() if not key.startswith("_comment")}
-    assert file_conforms(config_from_dict(given).model_dump(mode="json"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rank": 0},
-        {"rank": "3"},
-        {"gate": "soft"},
-        {"seed": [1, 1]},
-        {"seed": -1},
-        {"device": []},
-        {"momentum": 1},
-        {"gumbel_anneal_rate": 0},
-        {"gumbel_anneal_rate": "fast"},
-        {"memory_size": 5},
-        {"fixed_memory": True},
-        {"head": "nearest"},
-        {"dataset": ""},
-        {"rank_schedule": [[0, 1, 2]]},
-        {"milestones": [0]},
-        {"rnk": 3},
-    ],
-)
-def test_the_schema_marks_what_the_loader_refuses(change):
-    assert not file_conforms({**MINIMAL, **change})
-    with pytest.raises(UserError):
-        config_from_dict({**MINIMAL, **change})

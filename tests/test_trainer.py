@@ -190,7 +190,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
-_CHOICES = [{"gate": gate} for gate in GATES] + [{"model_name": name} for name in LEARNERS] + [{"head": head} for head in HEADS]
+_CHOICES = [{key: name} for key, table in (("gate", GATES), ("model_name", LEARNERS), ("head", HEADS)) for name in table]
 
 
 @pytest.mark.parametrize("changes", _CHOICES, ids=lambda changes: next(iter(changes.values())))
