@@ -258,6 +258,7 @@ class Run:
             self.within_task = True
             trainable = self.learner.trainable_parameters()
             self.learner.train()
+            self.progress.skip(self.task_steps[task] - self.learner.steps_done())  # a method may need fewer
             self._checkpoint()
             report = self.learner.end_task()
             counts = self._counts(f"Task {task}: evaluation")

@@ -36,6 +36,7 @@ class GatedQKV(nn.Module):
         self.bias = None if qkv.bias is None else nn.Parameter(qkv.bias.detach(), requires_grad=False)
         self.register_buffer("merged", self.weight.clone(), persistent=False)
         self.operands: Operands | None = None
+        self.silent = False  # the frozen projection alone
 
     @torch.no_grad()
     def merge(self, operands: Operands | None) -> None:
@@ -51,8 +52,8 @@ class GatedQKV(nn.Module):
             target.addmm_(operands.new_B[p] * operands.new_c[p], operands.new_A[p])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.operands is None:
-            return F.linear(x, self.merged, self.bias)
+        if self.operands is None or self.silent:
+            return F.linear(x, self.weight if self.silent else self.merged, self.bias)
         return GatedLinear.apply(x, self.merged, self.bias, *self.operands)
 
 

@@ -5,6 +5,8 @@ p = 0 for q and 1 for v. METHOD.md sections 1 to 3 define the symbols.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,10 +98,7 @@ class AdapterBank(nn.Module):
         keep = [i for i, task in enumerate(self.tasks) if task in tasks]
         if len(keep) == len(self.tasks):
             return
-        stored = len(self.tasks) - (self.current is not None)
-        columns = torch.cat([torch.arange(stop - self.ranks[i], stop) for i, stop in enumerate(self._stops(stored))
-                             if i in keep] + [torch.arange(0)])
-        columns = columns.to(self.A.device)
+        columns = self._columns(tasks).to(self.A.device)
         self.A, self.B = self.A[:, :, columns], self.B[..., columns]
         if self.current is not None and self.current not in tasks:
             self.new_A = self.new_B = None
@@ -169,23 +168,29 @@ class AdapterBank(nn.Module):
         return beta
 
     @torch.no_grad()
-    def merge(self, beta: Tensor | None = None) -> None:
+    def merge(self, beta: Tensor | None = None, among: list[int] | None = None) -> None:
         """Merges without noise for inference; from here on the backbone runs as a plain ViT.
 
-        beta: gate weights `[n]` to use; by default the gate's own at its current temperature.
+        beta: gate weights `[n]` to use; by default the gate's own at its current temperature. among: the adapters, by task,
+        that weigh anything; with it the result is the same to the bit whatever else is in the bank.
         """
         weights = self.gate() if beta is None else beta
-        operands = self._operands(weights) if self.tasks else [None] * self.depth
+        columns = None if among is None else self._columns(among).to(self.A.device)
+        operands = self._operands(weights, columns) if self.tasks else [None] * self.depth
         for layer, operand in zip(self.layers, operands, strict=True):
             layer.operands = None
             layer.merge(operand)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """The frozen network alone, until the next merge."""
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """The frozen network alone; what is merged stays for afterwards."""
         for layer in self.layers:
-            layer.operands = None
-            layer.merge(None)
+            layer.silent = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.silent = False
 
     def _operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
         """One block's projection each; `columns` picks some of the R stored rank-one terms, None takes all."""
@@ -260,6 +265,13 @@ class AdapterBank(nn.Module):
             ones = [torch.ones(1, rank) for rank in self.ranks[:stored]]
             self._spread = key, (torch.block_diag(*ones) if ones else torch.zeros(0, 0)).to(self.A)
         return self._spread[1]
+
+    def _columns(self, tasks: list[int]) -> Tensor:
+        """The columns of the stored adapters of these `tasks`, on the CPU."""
+        stored = len(self.tasks) - (self.current is not None)
+        spans = [torch.arange(stop - rank, stop)
+                 for task, rank, stop in zip(self.tasks[:stored], self.ranks, self._stops(stored)) if task in tasks]
+        return torch.cat([torch.arange(0), *spans])
 
     def _stops(self, count: int) -> list[int]:
         """End column of each of the first `count` adapters in the stack along the rank."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import create_backbone
+from backbone.routing import Moments
 from backbone.vit import data_config, load_vit
 from benchmarks.common import GENERATED, Clock, generated_dataset, register
 from benchmarks.references import loop_layers, stacked_layers
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     batch: int
     rank: int
     gate: str
+    inference: str
     device: str
     compile: bool
     steps: int
@@ -134,6 +136,7 @@ def config_of(case: Case) -> Config:
     return config_from_dict({
         "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": case.backbone, "pretrained": False,
         "device": [case.device], "rank": case.rank, "gate": case.gate, "growth_rule": "none",
+        **({"inference": case.inference, "gate_prior": "none"} if case.inference == "routed" else {}),
         "batch_size": case.batch, "precision": case.precision,
         # a reference makes new layers in every step, which would be compiled every time
         "compile": case.compile and case.kind not in REFERENCES, "init_epoch": 1, "epochs": 1,
@@ -147,6 +150,7 @@ def learner_with(config: Config, adapters: int, device: torch.device) -> SDLoRA:
     learner = SDLoRA(config, data, backbone, config.seed[0], Quiet())
     for task in range(adapters):
         add_trained(learner, task, config.rank)
+        found_key(learner, task)
     learner.begin_task(adapters)
     return learner
 
@@ -159,6 +163,20 @@ def add_trained(learner: SDLoRA, task: int, rank: int) -> None:
     drawn = torch.randn(bank.new_B.shape, generator=generator(learner.seed, "B", task)) * 0.01
     bank.new_B.copy_(drawn)
     bank.commit()
+
+
+@torch.no_grad()
+def found_key(learner: SDLoRA, task: int) -> None:
+    """If the learner routes: a key for the adapter of `task`, from images of noise, as those are that will be routed."""
+    router = getattr(learner.recipe, "router", None)
+    if router is None:
+        return
+    stream, size = generator(learner.seed, "key", task), learner.data.image_size
+    images = torch.rand(64, 3, size, size, generator=stream).to(learner.device)
+    looks = router.statistics(learner.backbone.early_tokens(images))
+    router.found(task, Moments.of(64, looks.sum(0), looks.T @ looks))
+    learner.recipe.route.append(task)
+    learner.recipe.betas[task] = {task: 1.0}
 
 
 def use_reference(learner: SDLoRA, layers: Callable[..., list[torch.nn.Module]]) -> None:

@@ -33,6 +33,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gate", default="gumbel_softmax",
                         choices=["gumbel_softmax", "gumbel_sparsemax", "sparsemax", "none"],
                         help="the default gives every adapter a part in every step, which is the most work there can be")
+    parser.add_argument("--inference", default="global", choices=["global", "routed"],
+                        help="routed (with --gate gumbel_sparsemax): a key per old adapter, the images spread over all")
     parser.add_argument("--compile", action="store_true", help="step and floor with torch.compile; the references never")
     parser.add_argument("--steps", type=int, default=5, help="measured steps per process")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those; the peak of memory is that of these")
@@ -62,7 +64,7 @@ def keys_of(options: argparse.Namespace) -> list[Key]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case `repeats` times, each in a process of its own; a case that fails is kept with its error."""
-    names = ("backbone", "batch", "rank", "gate", "device", "compile", "steps", "warmup")
+    names = ("backbone", "batch", "rank", "gate", "inference", "device", "compile", "steps", "warmup")
     same = {name: getattr(options, name) for name in names}
     keys, results = keys_of(options), []
     for repeat in range(options.repeats):

@@ -8,7 +8,8 @@ from models.base import BaseLearner, TaskReport
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
 from models.joint import Joint
-from models.recipes import GATES
+from models.l2p import L2P
+from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
 from utils import config
@@ -18,9 +19,10 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "finetune_head": FinetuneHead,
     "simplecil": SimpleCIL,
     "joint": Joint,
+    "l2p": L2P,
 }
 
-config.register(model_name=LEARNERS, gate=GATES, head=HEADS, growth_rule=RULES)
+config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)
 
 
 def load_network(folder: str | Path, task: int) -> SavedNetwork:

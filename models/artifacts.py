@@ -78,13 +78,21 @@ class SavedRun:
             head.from_file({name: file.get_tensor(name) for name in file.keys()})
         return head
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors file."""
+        return load_file(self.file(name))
+
+    def gates(self) -> dict[str, Any]:
+        """What the gate file of the task holds."""
+        return torch.load(self.file(f"beta_values_task_{self.task}.pt"))
+
     def adapters(self, backbone: FrozenViT) -> AdapterBank:
         """The adapters that are in force after the task, merged into the frozen weights by equation 1."""
-        record = torch.load(self.file(f"beta_values_task_{self.task}.pt"))
+        record = self.gates()
         bank = AdapterBank(inject(backbone.vit, self.config.backbone_type), OpenGate(), "layer")
         tasks = [t for t in range(self.task + 1) if record["pruning_mask"][t]]
         for t in tasks:
-            bank.store(t, load_file(self.file(f"adapter_task_{t}.safetensors")), record["alphas"][t])
+            bank.store(t, self.tensors(f"adapter_task_{t}.safetensors"), record["alphas"][t])
         bank.gate.scale = record["gate_scale"]
         bank.merge(record["beta_after"][tasks])
         return bank

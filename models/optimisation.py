@@ -46,6 +46,9 @@ class OptimisationKeys(KeyGroup):
     grad_accum: int = key(
         1, "Compute every batch in so many parts: the same result up to rounding with less memory. At most `batch_size`.",
         ge=1)
+    max_grad_norm: float | None = key(
+        None, "Longest gradient of a step, all that is trained together; a longer one is shortened to it.",
+        unset="no limit", gt=0)
     eval_every: int = key(
         1,
         "Evaluate every so many epochs within a task and in its last one; 0 only after it. Costs time and changes no "
@@ -121,14 +124,14 @@ def make_row_optimizer(config: Config, rows: list[nn.Parameter], task: int) -> t
     return torch.optim.SGD([group], lr=config.refit_lr, momentum=config.momentum, fused=True)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: int) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, task: int, epoch: float) -> None:
     """Gives every parameter group the learning rate of `epoch`; all follow the same factor."""
     factor = schedule_factor(config, task, epoch)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
-def schedule_factor(config: Config, task: int, epoch: int) -> float:
+def schedule_factor(config: Config, task: int, epoch: float) -> float:
     """Learning rate of `epoch` over the initial one.
 
     Cosine (Loshchilov & Hutter, 2017) falls to `min_lr` over `tuned_epoch` epochs and stays there.

@@ -5,26 +5,45 @@ next to nothing. Shapes: n images of the task, d width.
 """
 
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.optimisation import epochs_of, make_row_optimizer, set_learning_rates
-from models.training import GradientLearner
 from utils.config import KeyGroup, key
 from utils.rng import generator
 from utils.runs import distributed
 from utils.runs.progress import LOGGER
+
+if TYPE_CHECKING:
+    from models.training import GradientLearner
+
+
+class RowFitKeys(KeyGroup):
+    """Fitting head rows"""
+
+    row_fit: Literal["with_adapter", "alike"] = key(
+        "with_adapter",
+        'What the new head rows are: `"with_adapter"`, trained with the adapter as SD-LoRA does, or `"alike"`, fitted '
+        "from 0 by an optimizer of their own to the network as it ends the task, so that no task's rows outshout others.")
+    row_epochs: int | None = key(
+        None, "Epochs of such a fit; they run over features and cost little.", unset="the task's epochs", ge=1)
+    row_views: int = key(
+        2, "Augmented views of the task's images from which the features are taken, each by one pass through the network.",
+        ge=1)
+    refit_lr: float | None = key(
+        None, "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is.",
+        unset="the optimizer and learning rate of the task", gt=0)
 
 
 class RefitKeys(KeyGroup):
     """Refitting head rows"""
 
     refit_epochs: int = key(
-        2, "Epochs of refitting the new rows of the head after an adapter was pruned; 0 leaves them.", ge=0)
-    refit_lr: float | None = key(
-        None, "Learning rate of SGD (with `momentum`) for head rows that are fitted to a network that stays as it is.",
-        unset="the optimizer and learning rate of the task", gt=0)
+        2, 'Epochs of refitting the new rows of the head after an adapter was pruned, with `row_fit` `"with_adapter"`; 0 '
+           "leaves them.", ge=0)
 
 
 class RowFit:
@@ -34,7 +53,7 @@ class RowFit:
     rate falling as in training. Every process sees its part of the images and then fits the rows of all of them, alike.
     """
 
-    def __init__(self, learner: GradientLearner, epochs: int, views: int, scheduled: bool = False,
+    def __init__(self, learner: "GradientLearner", epochs: int, views: int, scheduled: bool = False,
                  state: list[Tensor] | None = None) -> None:
         self.learner, self.epochs, self.views, self.scheduled = learner, epochs, min(views, epochs), scheduled
         self.features = [features.to(learner.device) for features in state or []]
@@ -51,10 +70,10 @@ class RowFit:
         for view in range(len(self.features), self.views):
             self.features.append(self._look(view, whole))
         optimizer = make_row_optimizer(learner.config, learner.head.trainable(), learner.task)
-        loss = torch.zeros((), device=learner.device)
+        loss, trained = torch.zeros((), device=learner.device), epochs_of(learner.config, learner.task)
         for epoch in range(self.epochs):
             if self.scheduled:
-                set_learning_rates(optimizer, learner.config, learner.task, epoch)
+                set_learning_rates(optimizer, learner.config, learner.task, epoch * trained / self.epochs)
             view = epoch % self.views
             loss = self._epoch(optimizer, self.features[view], labels[view], epoch)
             learner.work("row fit", epoch, self.epochs)
@@ -88,15 +107,24 @@ class RowFit:
         distributed.add_up(features)  # every process has filled in its part of zeros
         return features
 
+    @torch.enable_grad()
     def _epoch(self, optimizer: torch.optim.Optimizer, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         """One epoch over the features of a view; the loss of its last batch."""
         learner = self.learner
         if epoch >= self.views:
             order = torch.randperm(len(labels), generator=generator(learner.seed, "rows", learner.task, epoch))
             features, labels = features[order.to(labels.device)], labels[order.to(labels.device)]
-        for x, y in zip(features.split(learner.config.batch_size), labels.split(learner.config.batch_size), strict=True):
+        size = learner.config.batch_size
+        for x, y in zip(features.split(size), labels.split(size), strict=True):
             loss = F.cross_entropy(learner.head.current_logits(x), y, reduction="sum") / len(y)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return loss.detach()
+
+
+def fit_alike(learner: "GradientLearner", seen: list[Tensor]) -> RowFit:
+    """The fit of `row_fit` "alike": from 0, so that the rows of every task start and end in the same way."""
+    learner.head.clear()
+    epochs = learner.config.row_epochs or epochs_of(learner.config, learner.task)
+    return RowFit(learner, epochs, learner.config.row_views, scheduled=True, state=seen)

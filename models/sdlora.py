@@ -14,7 +14,7 @@ from models.artifacts import SavedNetwork, SavedRun, beta_record, save_adapter, 
 from models.base import TaskReport
 from models.growth import RULES, Decision, Grounds, Rule
 from models.optimisation import learning_rate
-from models.recipes import GATES, Recipe
+from models.recipes.base import Recipe
 from models.rows import RowFit
 from models.training import GradientLearner
 from utils.config import Config, KeyGroup, key
@@ -76,7 +76,7 @@ class SDLoRA(GradientLearner):
 
     def make_recipe(self) -> Recipe:
         """The recipe of the gate that the config names."""
-        return GATES[self.config.gate](self)
+        return recipe_of(self.config)(self)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -94,10 +94,8 @@ class SDLoRA(GradientLearner):
                             f"rank between 1 and {self.bank.width}.")
         self.pruned: set[int] = set()
         self.decision_beta = torch.zeros(0)
-        # Once the current task is settled: the decision, and what it dropped. Then head rows may have to be fitted.
-        self._settled: tuple[Decision, list[int]] | None = None
-        self._row_fit: RowFit | None = None
-        self._views_seen: list[Tensor] = []  # of a row fit that is to go on
+        self._decision: Decision | None = None  # of the current task, once it is settled
+        self._dropped: list[int] = []  # the adapters that this took away
 
     def announce(self) -> None:
         self.recipe.announce()
@@ -108,7 +106,7 @@ class SDLoRA(GradientLearner):
     def make_room(self, task: int) -> None:
         """The head grows, and the new adapter starts at `B = 0`."""
         super().make_room(task)
-        self._settled, self._row_fit, self._views_seen = None, None, []
+        self._decision, self._dropped = None, []
         logit = self.recipe.newcomer_logit()
         self.bank.add(task, rank_of(self.config, task), self.config.init_alpha, logit, generator(self.seed, "adapter", task))
 
@@ -116,7 +114,7 @@ class SDLoRA(GradientLearner):
     def begin_task(self, task: int) -> None:
         super().begin_task(task)
         self.recipe.begin()
-        self.bank.merge()
+        self.recipe.merge()
 
     # ---- train
 
@@ -125,12 +123,8 @@ class SDLoRA(GradientLearner):
         return [{"params": [self.bank.new_A, self.bank.new_B]}, {"params": self.head.trainable(), "lr": rate},
                 *self.recipe.groups()]
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.recipe.optimizer() or super().optimizer()
-
-    def train(self) -> None:
-        if self._settled is None:  # else the checkpoint was written while head rows were fitted
-            super().train()
+    def wants_step(self, step: int) -> bool:
+        return super().wants_step(step) and self.recipe.wants_step(step)
 
     def before_step(self, step: int) -> Tensor | None:
         return self.recipe.step(step)
@@ -139,7 +133,11 @@ class SDLoRA(GradientLearner):
         return self.recipe.weights()
 
     def start_evaluation(self) -> None:
-        self.bank.merge()
+        self.recipe.merge()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        return self.recipe.predict(images)
 
     def figures(self) -> dict[str, float]:
         return self.recipe.figures()
@@ -156,21 +154,21 @@ class SDLoRA(GradientLearner):
     # ---- decide, settle, commit
 
     @torch.no_grad()
+    def settle(self) -> None:
+        decision, active = self.recipe.decide(), list(self.bank.tasks)
+        self.recipe.settle(decision)
+        self.drop(decision)
+        self._decision, self._dropped = decision, [task for task in active if task not in decision.keep]
+
+    def row_fit(self, seen: list[Tensor]) -> RowFit | None:
+        fit = super().row_fit(seen)
+        if fit is not None or not self._dropped or not self._decision.refit or self.config.refit_epochs == 0:
+            return fit
+        return RowFit(self, self.config.refit_epochs, self.config.refit_epochs, state=seen)
+
     def end_task(self) -> TaskReport:
-        if self._settled is None:
-            decision = self.recipe.decide()
-            active = list(self.bank.tasks)
-            self.recipe.settle(decision)
-            self.drop(decision)
-            self._settled = decision, [task for task in active if task not in decision.keep]
-            self._optimizer = None
-        decision, dropped = self._settled
-        self._row_fit = self.recipe.row_fit(bool(dropped), decision, self._views_seen)
-        if self._row_fit is not None:
-            with torch.enable_grad():
-                self._row_fit.run(whole=True)
-        self._row_fit = None
         super().end_task()
+        decision, dropped = self._decision, self._dropped
         task, kept = self.task, self.task in decision.keep
         evicted = [other for other in dropped if other != task]
         for line in growth_lines(task, self.decision_beta.tolist(), kept=kept, evicted=evicted, criterion=decision.criterion,
@@ -203,8 +201,7 @@ class SDLoRA(GradientLearner):
         losses = []
         for keep in (list(bank.tasks), bank.tasks[:-1]):
             self.recipe.prune(keep)
-            with torch.enable_grad():
-                RowFit(self, epochs, epochs).run()
+            RowFit(self, epochs, epochs).run()
             losses.append(self._held_out_loss())
             bank.restore(saved)
             head.restore(rows)
@@ -223,7 +220,7 @@ class SDLoRA(GradientLearner):
 
     def beta_after(self) -> Tensor:
         """Gate weights in force, `[t + 1]`, 0 for pruned adapters."""
-        return beta_record(self.gate().detach(), self.bank.tasks, self.task)
+        return beta_record(self.recipe.in_force().detach(), self.bank.tasks, self.task)
 
     def pruning_mask(self) -> Tensor:
         """int64 `[T]`: 1 kept or not yet seen, 0 pruned."""
@@ -233,6 +230,7 @@ class SDLoRA(GradientLearner):
         """Adapter, head and gate; in this order, so that the gate file's presence means that all it refers to is there."""
         task, bank = self.task, self.bank
         written = [save_adapter(folder, bank, task, self.backbone)] if task in bank.tasks else []
+        written += self.recipe.save(folder)
         written += [save_head(folder, self.head, task), folder / f"beta_values_task_{task}.pt"]
         logits = beta_record(self.gate.logits, bank.tasks, task)
         logits[[t for t in range(task + 1) if t not in bank.tasks]] = float("-inf")
@@ -240,6 +238,7 @@ class SDLoRA(GradientLearner):
             "beta_values": self.decision_beta.clone(),
             "pruning_mask": self.pruning_mask(),
             "beta_after": self.beta_after(),
+            **self.recipe.record(),
             "alphas": beta_record(bank.magnitudes(), bank.tasks, task),
             "gate_logits": logits,
             "gate_scale": self.gate.scale,
@@ -253,8 +252,7 @@ class SDLoRA(GradientLearner):
 
     @classmethod
     def rebuild(cls, saved: SavedRun) -> SavedNetwork:
-        backbone = saved.backbone()
-        return SavedNetwork(backbone, saved.adapters(backbone), saved.head(backbone.width))
+        return recipe_of(saved.config).rebuild(saved)
 
     def modules(self) -> list[nn.Module]:
         return [self.bank, self.head]
@@ -263,20 +261,23 @@ class SDLoRA(GradientLearner):
         return [*super().stored_tensors(), *self.recipe.stored_tensors()]
 
     def state(self) -> dict[str, Any]:
-        settled = None if self._settled is None else {"decision": vars(self._settled[0]), "dropped": self._settled[1]}
         return {**super().state(), "bank": self.bank.snapshot(), "pruned": sorted(self.pruned),
-                "decision_beta": self.decision_beta, "recipe": self.recipe.state(), "settled": settled,
-                "views_seen": self._views_seen if self._row_fit is None else self._row_fit.state()}
+                "decision_beta": self.decision_beta, "recipe": self.recipe.state(), "dropped": self._dropped,
+                "decision": None if self._decision is None else vars(self._decision)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.pruned, self.decision_beta = set(state["pruned"]), state["decision_beta"]
+        self._dropped = state["dropped"]
+        self._decision = None if state["decision"] is None else Decision(**state["decision"])
         self.bank.restore(state["bank"])
         self.recipe.load_state(state["recipe"])
-        settled = state["settled"]
-        self._settled = None if settled is None else (Decision(**settled["decision"]), settled["dropped"])
-        self._views_seen = state["views_seen"]
-        self.bank.merge()
+        self.recipe.merge()
+
+
+def recipe_of(config: Config) -> type[Recipe]:
+    """The recipe that the config has chosen; the innermost choice counts."""
+    return [part for part in config.components if issubclass(part, Recipe)][-1]
 
 
 def rank_of(config: Config, task: int) -> int:

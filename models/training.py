@@ -12,6 +12,7 @@ from backbone.heads import HEADS
 from models import optimisation
 from models.base import BaseLearner, TaskReport
 from models.optimisation import epochs_of, make_optimizer, set_learning_rates
+from models.rows import RowFit, RowFitKeys, fit_alike
 from utils.config import Config
 from utils.errors import UserError
 from utils.rng import generator
@@ -83,7 +84,7 @@ class GradientLearner(BaseLearner):
     loss, which belongs to the step and not to the images.
     """
 
-    class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys):
+    class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys, RowFitKeys):
         """Training by gradient steps"""
 
     @classmethod
@@ -102,6 +103,9 @@ class GradientLearner(BaseLearner):
         self._position = Position(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
         self._skipped = 0
+        self._settled = False  # the task is decided and only its head rows may still have to be fitted
+        self._row_fit: RowFit | None = None
+        self._views_seen: list[Tensor] = []  # of a row fit that is to go on
 
     # ---- what a method adds
 
@@ -113,11 +117,28 @@ class GradientLearner(BaseLearner):
         """The current task's optimizer, before its first step."""
         return make_optimizer(self.config, self.groups(), self.task)
 
+    def wants_step(self, step: int) -> bool:
+        """Whether the task is trained by optimizer step `step`, if its epochs have one."""
+        return not self._settled
+
     def before_step(self, step: int) -> Tensor | None:
         """Prepares optimizer step `step` of the task; returns a term to add to the loss, if the method has one."""
 
     def gate_weights(self) -> Tensor | None:
         """The gate weights of the current step, if the method has a gate."""
+
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What images with `targets` int64 `[b]`, from 0, add to the loss, summed over them, and logits `[b, c]` of the task's
+        classes."""
+        logits = self.head.current_logits(self.embed(images))
+        return F.cross_entropy(logits, targets, reduction="sum"), logits
+
+    def settle(self) -> None:
+        """After the last step: makes the network what it stays."""
+
+    def row_fit(self, seen: list[Tensor]) -> RowFit | None:
+        """How the new head rows are fitted to the settled network, going on from the views `seen`; None leaves them."""
+        return fit_alike(self, seen) if self.config.row_fit == "alike" else None
 
     def figures(self) -> dict[str, float]:
         """Figures of the method for the progress display and the log."""
@@ -132,11 +153,16 @@ class GradientLearner(BaseLearner):
     def make_room(self, task: int) -> None:
         self.task = task
         self._optimizer, self._resumed, self._skipped = None, None, 0
+        self._settled, self._row_fit, self._views_seen = False, None, []
         self._position = Position(0, 0, 0, Meter(self.device))
         self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
+        if self.config.row_fit == "alike":
+            self.head.clear()  # an adapter that is trained with rows of 0 moves the features less (docs/LOG.md)
 
     def train(self) -> None:
         config, task, data, epochs = self.config, self.task, self.data, epochs_of(self.config, self.task)
+        if not self.wants_step(self._position.step):
+            return
         optimizer = self._optimizer = self.optimizer()
         if self._resumed is not None:
             optimizer.load_state_dict(self._resumed)
@@ -146,12 +172,16 @@ class GradientLearner(BaseLearner):
             _, first, step, meter = self._position
             batches = data.train_batches(task, epoch, config.batch_size, skip=first, part=self._process)
             for batch, (images, labels) in enumerate(batches, first):
+                if not self.wants_step(step):
+                    break
                 total = data.images_in_batch(task, batch, config.batch_size)
                 extra = self.before_step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
                 if self._process != (0, 1):
                     add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
+                if config.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(self._trained(), config.max_grad_norm)
                 if config.nan_policy == "skip" and not finite:
                     self._skip(meter)
                 else:
@@ -163,6 +193,8 @@ class GradientLearner(BaseLearner):
                 self._show(title)
                 self.session.after_step()
             self._end_epoch(epoch, title)
+            if not self.wants_step(step):
+                break
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
 
     def backward(self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,13 +220,19 @@ class GradientLearner(BaseLearner):
 
         The parts share the gate's graph, so only the last may free its graph as it goes; the others' go with their logits.
         """
-        logits = self.head.current_logits(self.embed(x))
-        share = F.cross_entropy(logits, y, reduction="sum") / total
+        loss, logits = self.loss(x, y)
+        share = loss / total
         (share if extra is None else share + extra).backward(retain_graph=not last)
         return share.detach(), (logits.detach().argmax(1) == y).sum()
 
     def end_task(self) -> TaskReport:
-        self._optimizer = None
+        if not self._settled:
+            self.settle()
+            self._settled, self._optimizer = True, None
+        self._row_fit = self.row_fit(self._views_seen)
+        if self._row_fit is not None:
+            self._row_fit.run(whole=True)
+        self._row_fit = None
         self.head.commit()
         self.start_evaluation()  # statistics are taken of the network as it is evaluated
         sums = self.head.collect(self._task_features(), len(self.data.task_classes(self.task)))
@@ -239,10 +277,12 @@ class GradientLearner(BaseLearner):
         epoch, batch, step, meter = self._position
         return {"task": self.task, "head": self.head.snapshot(), "epoch": epoch, "batch": batch, "step": step,
                 "optimizer": None if self._optimizer is None else self._optimizer.state_dict(), "meter": meter.state(),
-                "skipped": self._skipped}
+                "skipped": self._skipped, "settled": self._settled,
+                "views_seen": self._views_seen if self._row_fit is None else self._row_fit.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.task, self._skipped = state["task"], state["skipped"]
+        self.task, self._skipped, self._settled = state["task"], state["skipped"], state["settled"]
+        self._views_seen = state["views_seen"]
         self.head.restore(state["head"])
         self._resumed = state["optimizer"]
         meter = Meter(self.device)

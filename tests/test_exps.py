@@ -1,18 +1,26 @@
-"""The configs under exps/: the published protocol in numbers; schema and table made from the class."""
+"""The configs under exps/: the published protocol in numbers, the named method in what runs; schema and table made from
+the class."""
 
 import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import main as command
+from studies.study import load_study
+from tests.data_files import write_cifar100, write_class_folders, write_domainnet
 from tests.helpers import ROOT
-from utils.config import (
-    Config,
-    config_warnings,
-    load_config,
-)
+from utils.config import config_warnings, load_config
 
 EXPS = ROOT / "exps"
 SHIPPED = sorted(path for path in EXPS.glob("*.json") if not path.name.endswith(".schema.json"))
+STUDIES = sorted((EXPS / "studies").glob("*.json"))
+PAGE = ROOT / "docs" / "GUMBEL_CL_LORA_IMPLEMENTATION.md"
 MINIMAL = {"dataset": "digits", "init_cls": 2}
 
 TEST_CONFIG = """
@@ -30,7 +38,7 @@ def test_every_shipped_config_loads_and_is_strict_json(path):
     config = load_config(path)
     assert config_warnings(config) == []
     for key, value in values.items():
-        if key in Config.model_fields:
+        if not key.startswith(("_comment", "$")):
             assert getattr(config, key) == value
 
 
@@ -40,6 +48,9 @@ def test_shipped_configs_write_to_different_folders_under_their_own_label():
     assert len({config.prefix for config in configs}) == len(configs)
 
 
+# METHOD.md, section 7.
+NAMED_METHOD = {"gate": "gumbel_sparsemax", "gumbel_tau_init": 5.0, "gumbel_tau_final": 0.5, "gumbel_anneal_rate": "auto",
+                "lambda_sparsity": 0.01, "growth_rule": "threshold", "growth_threshold": 0.1}
 # METHOD.md, section 4: classes per task, epochs, learning rates (task 0, later), milestones, factor.
 PUBLISHED = {
     "sdlora_c100": ("cifar224", 10, 20, 0.008, 0.008, [], None),
@@ -53,7 +64,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("suffix", ["", "_original"])
+@pytest.mark.parametrize("suffix", ["", "_evidence", "_original"])
 def test_benchmark_configs_follow_the_published_protocol(name, suffix):
     dataset, classes, epochs, init_lr, lrate, milestones, factor = PUBLISHED[name]
     config = load_config(EXPS / f"{name}{suffix}.json")
@@ -76,42 +87,38 @@ def test_benchmark_configs_follow_the_published_protocol(name, suffix):
     )
     assert (config.rank, config.batch_size, config.normalize, config.seed) == (10, 128, "none", [1993])
     assert (config.backbone_type, config.shuffle, config.eval_every) == ("vit_base_patch16_224", True, 5)
-    if suffix:
+    if suffix == "_original":
         assert (config.gate, config.growth_rule, config.init_alpha) == ("none", "none", 0.8)
         assert config.alpha_scope == "task"
+    elif suffix == "_evidence":
+        assert (config.gate, config.growth_rule, config.growth_threshold) == ("evidence", "threshold", 0.5)
     else:
-        assert (config.gate, config.growth_rule, config.growth_threshold) == (
-            "evidence",
-            "threshold",
-            0.5,
-        )
-        assert (config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate) == (
-            5.0,
-            0.5,
-            "auto",
-        )
-        assert (config.lambda_sparsity, config.init_alpha, config.alpha_scope) == (0.01, 1.0, "layer")
+        assert NAMED_METHOD.items() <= json.loads((EXPS / f"{name}.json").read_text()).items()  # written out, not by default
+        assert (config.init_alpha, config.alpha_scope) == (1.0, "layer")
 
 
-def differing_from_original(name):
-    """The keys in which a config and the one of SD-LoRA to compare it with differ, beside those that every such pair has."""
-    gumbel, original = (load_config(EXPS / f"{name}{suffix}.json") for suffix in ("", "_original"))
-    differing = {key for key in Config.model_fields if getattr(gumbel, key) != getattr(original, key)}
+def differing_from_original(name: str) -> set[str]:
+    """The keys in which a config and the one of SD-LoRA to compare it with differ, of those that both have."""
+    original = load_config(EXPS / f"{name.removesuffix('_evidence')}_original.json").model_dump()
+    gated = load_config(EXPS / f"{name}.json").model_dump()
+    differing = {key for key in gated.keys() & original.keys() if gated[key] != original[key]}
     method = {"prefix", "filepath", "gate", "alpha_scope", "init_alpha", "growth_rule"}
     assert differing >= method
     return differing - method
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_gumbel_and_original_configs_differ_in_the_gate_alone(name):
-    assert differing_from_original(name) <= {"gate_lr", "growth_threshold"}
+def test_benchmark_configs_have_the_stream_and_optimisation_of_sdlora(name):
+    assert {"optimizer", "momentum", "weight_decay", "init_lr", "lrate", "scheduler", "milestones", "init_epoch", "epochs",
+            "batch_size", "rank", "head_lr"} <= load_config(EXPS / f"{name}_original.json").model_dump().keys()
+    assert differing_from_original(name) == set()
+    assert differing_from_original(f"{name}_evidence") == {"growth_threshold"}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "glyphs"])
 def test_pairs_without_a_download_share_stream_budget_and_capacity(name):
-    """Each method has the optimizer and the learning rates that suit it."""
-    assert differing_from_original(name) <= {
-        "growth_threshold", "optimizer", "init_lr", "lrate", "alpha_lr", "head_lr", "refit_lr", "eval_every"}
+    assert differing_from_original(name) - {"eval_every"} == {"refit_lr"}
+    assert differing_from_original(f"{name}_evidence") - {"eval_every"} == {"growth_threshold", "refit_lr"}
 
 
 def test_variants_of_sdlora_differ_in_what_they_are_named_for():
@@ -127,7 +134,10 @@ def test_quickstart_and_glyphs_need_no_download_and_name_their_streams():
     assert (quickstart.dataset, quickstart.init_cls, quickstart.increment) == ("digits", 2, 2)
     assert (glyphs.dataset, glyphs.init_cls, glyphs.increment) == ("glyphs", 10, 10)
     assert quickstart.backbone_type == glyphs.backbone_type == "vit_glyph_tiny_patch8_32"
-    assert quickstart.gate == glyphs.gate == "evidence"
+    for name in ("quickstart", "glyphs", "glyphs_domains", "glyphs_domains_30"):
+        gated, evidence = load_config(EXPS / f"{name}.json"), load_config(EXPS / f"{name}_evidence.json")
+        assert (gated.gate, gated.growth_threshold) == ("gumbel_sparsemax", 0.1)
+        assert (evidence.gate, evidence.growth_threshold) == ("evidence", 0.5)
     assert quickstart.filepath == "./runs/quickstart/"
 
 
@@ -141,3 +151,128 @@ def test_c100_test_config_is_the_text_people_use():
     assert list(shipped.items()) == list(expected.items())
     config = load_config(EXPS / "sdlora_c100_test.json")
     assert config.gumbel_anneal_rate == 0.999 and config.device == ["0"]
+
+
+VARIANTS = {"sdlora": "none", "gumbel": "gumbel_sparsemax", "evidence": "evidence", "sparsemax": "sparsemax",
+            "gumbel_softmax": "gumbel_softmax"}
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_variants_are_called_as_everywhere(path):
+    """docs/METHODS.md has the list; what is varied on top stands behind the name, as in `gumbel_bf16`."""
+    for run in load_study(path).runs():
+        if run.variant in ("finetune_head", "simplecil", "joint"):
+            assert run.config.model_name == run.variant
+            continue
+        name = max((name for name in VARIANTS if run.variant == name or run.variant.startswith(name + "_")), key=len)
+        assert (run.config.model_name, run.config.gate) == ("sdlora", VARIANTS[name]), run.variant
+        if run.variant in ("sdlora_rr", "sdlora_kd"):
+            shipped = load_config(EXPS / f"sdlora_c100{run.variant.removeprefix('sdlora')}.json")
+            assert (run.config.rank_schedule, run.config.growth_rule) == (shipped.rank_schedule, shipped.growth_rule)
+
+
+# What runs: the shipped files cut down to data and networks that fit a test, all keys of the method as they are.
+
+TINY = {"backbone_type": "vit_glyph_tiny_patch8_32", "init_cls": 2, "increment": 2, "nb_tasks": 2, "init_epoch": 2,
+        "epochs": 8, "batch_size": 4}
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "cifar224": lambda root: write_cifar100(root, train_per_class=4, classes=6),
+    "imagenetr": lambda root: write_class_folders(root / "imagenet-r", train_per_class=4),
+    "imageneta": lambda root: write_class_folders(root / "imagenet-a", train_per_class=4),
+    "cub": lambda root: write_class_folders(root / "cub", train_per_class=4),
+    "domainnet": lambda root: write_domainnet(root / "domainnet"),
+}
+
+
+def run_tiny(config: Path, data: Path, folder: Path | None = None, **changes) -> Path:
+    """Runs `config`, cut down, on the files in `data`; returns the folder of the run, `filepath` where none is given."""
+    folder = folder or Path(load_config(config).filepath)
+    values = {**TINY, "data_path": data, "filepath": folder, **changes}
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+    assert command.main(["--config", str(config), "--device", "cpu", *sets]) == 0
+    return folder
+
+
+def kept(folder: Path) -> list[bool]:
+    return [task["kept"] for task in json.loads((folder / "results.json").read_text())["tasks"]]
+
+
+def gates(folder: Path) -> torch.Tensor:
+    return torch.load(folder / "beta_values_task_1.pt")["gate_logits"]
+
+
+def same_rows(one: Path, other: Path) -> bool:
+    first, second = (load_file(folder / "head_task_1.safetensors") for folder in (one, other))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def tiny_cifar(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("cifar")
+    WRITERS["cifar224"](root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny_c100(tiny_cifar, tmp_path_factory) -> Path:
+    """The run of sdlora_c100.json that others are compared with."""
+    return run_tiny(EXPS / "sdlora_c100.json", tiny_cifar, tmp_path_factory.mktemp("run") / "c100")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_benchmark_config_trains_a_gumbel_gate(name, tmp_path):
+    WRITERS[PUBLISHED[name][0]](tmp_path)
+    log = (run_tiny(EXPS / f"{name}.json", tmp_path, tmp_path / "run") / "train.log").read_text()
+    assert "[Gumbel CL-LoRA] tau_init=5.0, tau_final=0.5, anneal_rate=auto, lambda_sparsity=0.01" in log
+    assert len(re.findall(r"Task 1, Epoch \d/8 => Loss [0-9.]+ \(clf=[0-9.]+, sparse=0\.0[0-9]+\), tau=[0-9.]+,", log)) == 8
+    assert "Current task beta: " in log and ", threshold: 0.1000" in log
+
+
+@pytest.mark.parametrize("value", [0.0, 10.0])
+def test_lambda_sparsity_changes_what_is_trained(value, tiny_c100, tiny_cifar, tmp_path):
+    other = run_tiny(EXPS / "sdlora_c100.json", tiny_cifar, tmp_path / "run", lambda_sparsity=value)
+    assert not torch.equal(gates(tiny_c100), gates(other)) and not same_rows(tiny_c100, other)
+
+
+@pytest.mark.parametrize("changes", [{"growth_threshold": 0.9}, {"growth_rule": "topk", "growth_topk": 1}])
+def test_threshold_and_rule_change_the_decision(changes, tiny_c100, tiny_cifar, tmp_path):
+    assert kept(tiny_c100) == [True, True]
+    assert kept(run_tiny(EXPS / "sdlora_c100.json", tiny_cifar, tmp_path / "run", **changes)) == [True, False]
+
+
+def snippets(names: str) -> list[str]:
+    """The programs of the implementation page in which `names` occurs; excerpts of the code begin with a comment."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if block.startswith(("import ", "from ")) and names in block]
+
+
+def test_the_documented_baseline_and_grid_differ_from_the_config_they_start_from(tiny_c100, tiny_cifar, tmp_path, monkeypatch):
+    (tmp_path / "exps").mkdir()
+    shutil.copy(EXPS / "sdlora_c100.json", tmp_path / "exps")
+    monkeypatch.chdir(tmp_path)
+    programs = snippets("exps/sdlora_c100.json")
+    assert len(programs) == 2
+    for program in programs:
+        exec(compile(program, str(PAGE), "exec"), {})
+    baseline = load_config("exps/sdlora_c100_baseline.json")
+    assert (baseline.gate, baseline.lambda_sparsity) == ("gumbel_sparsemax", 0)
+    assert not same_rows(tiny_c100, run_tiny(Path("exps/sdlora_c100_baseline.json"), tiny_cifar))
+    grid = {path: load_config(path) for path in sorted(Path("exps").glob("sdlora_c100_lambda_*.json"))}
+    points = {(config.lambda_sparsity, config.growth_threshold): path for path, config in grid.items()}
+    assert len(points) == len({config.filepath for config in grid.values()}) == 12
+    sparse, dense = (run_tiny(points[point], tiny_cifar) for point in ((0.1, 0.1), (0.001, 0.1)))
+    assert not same_rows(sparse, dense)
+
+
+@pytest.mark.slow
+def test_the_documented_readers_of_a_run_work_on_the_quick_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    sets = ["--set", "init_epoch=1", "--set", "epochs=1", "--set", "eval_every=0"]
+    assert command.main(["--config", str(EXPS / "quickstart.json"), "--device", "cpu", *sets]) == 0
+    programs = snippets("runs/quickstart")
+    assert len(programs) == 2
+    capsys.readouterr()
+    for program in programs:
+        exec(compile(program, str(PAGE), "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([8, 10])\n"

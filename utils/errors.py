@@ -20,5 +20,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a `name` that is not among the `known` names of its `kind` (a key of the config)."""
-    known = sorted(known)
+    known, name = sorted(known), name if len(name) <= 60 else f"{name[:57]}..."
     return UserError(f"{kind}: '{name}' is not known; choose one of {', '.join(known)}.{nearest(name, known)}")

@@ -1,14 +1,14 @@
 """What a gate does in the course of a task: a recipe says its own begin, step, decide and settle."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.gates import Gate
+from models.artifacts import SavedNetwork, SavedRun
 from models.growth import Decision
 from models.optimisation import learning_rate
-from models.rows import RowFit
 from utils.config import Component, KeyGroup, key
 from utils.config.rules import Name
 
@@ -33,7 +33,7 @@ class Recipe(Component):
     """The part of a gate in the life of a task (METHOD.md, section 3), for the learner that it serves.
 
     The learner has added the task's adapter to the bank before `begin`, and calls, in this order: begin, step before every
-    optimizer step, decide, settle, row_fit. offers: what growth rules may need (models/growth.py). alpha_scope, train_alpha:
+    optimizer step, decide, settle. offers: what growth rules may need (models/growth.py). alpha_scope, train_alpha:
     those of the bank.
     """
 
@@ -68,15 +68,14 @@ class Recipe(Component):
     def begin(self) -> None:
         """Before the first step: how the newcomer enters."""
 
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimizer of a task that trains head rows alone; None where the task's adapter is trained with them."""
-        return None
-
     def groups(self) -> list[dict]:
         """Parameter groups besides the newcomer's factors and the head rows."""
-        bank, base = self.learner.bank, learning_rate(self.config, self.learner.task)
-        rate = base if self.config.alpha_lr is None else self.config.alpha_lr
-        return [{"params": [bank.alpha], "lr": rate, "weight_decay": 0.0}]
+        return []
+
+    def group(self, parameter: nn.Parameter, rate: float | None) -> dict:
+        """A parameter group with its learning rate, the task's where that is None, and no weight decay."""
+        base = learning_rate(self.config, self.learner.task)
+        return {"params": [parameter], "lr": base if rate is None else rate, "weight_decay": 0.0}
 
     def step(self, step: int) -> Tensor | None:
         """Merges the network of optimizer step `step`; returns the term that the gate adds to the loss."""
@@ -101,11 +100,25 @@ class Recipe(Component):
         """Takes all adapters but those of the tasks `keep` out of the bank."""
         self.learner.bank.keep_only(keep)
 
-    def row_fit(self, dropped: bool, decision: Decision, state: list[Tensor] | None) -> RowFit | None:
-        """How the new head rows are fitted to the settled network, going on from `state`; None leaves them as they are."""
-        if not dropped or not decision.refit or self.config.refit_epochs == 0:
-            return None
-        return RowFit(self.learner, self.config.refit_epochs, self.config.refit_epochs, state=state)
+    def wants_step(self, step: int) -> bool:
+        """Whether the task is trained by optimizer step `step`."""
+        return True
+
+    # ---- the network in force
+
+    def in_force(self) -> Tensor:
+        """The gate weights `[n]` of the current task's network."""
+        return self.gate()
+
+    def merge(self) -> None:
+        """Merges the current task's network."""
+        self.learner.bank.merge()
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits `[b, classes seen]`."""
+        return self.learner.head(self.learner.embed(images))
+
+    # ---- log
 
     def figures(self) -> dict[str, float]:
         """Figures for the progress display and the log."""
@@ -118,6 +131,22 @@ class Recipe(Component):
     def loss_parts(self, means: dict[str, float]) -> str:
         """What the loss of an epoch's log line is made of."""
         return ""
+
+    # ---- what is stored
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes what the gate has to keep besides the gate file of the task; returns the paths."""
+        return []
+
+    def record(self) -> dict[str, Any]:
+        """What else goes into the gate file of the task."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, saved: SavedRun) -> SavedNetwork:
+        """The network of a finished run; see `BaseLearner.rebuild`."""
+        backbone = saved.backbone()
+        return SavedNetwork(backbone, saved.adapters(backbone), saved.head(backbone.width))
 
     def stored_tensors(self) -> list[Tensor]:
         """Tensors kept for the stream, bank and head excluded."""

@@ -9,10 +9,8 @@ from torch import Tensor
 from backbone.gates import EqualGate
 from backbone.keys import Key, Keys, key_size, token_statistics
 from models.growth import Decision
-from models.optimisation import epochs_of, make_row_optimizer
 from models.recipes.base import GrowthKeys, Recipe
 from models.recipes.trained import TemperatureKeys
-from models.rows import RowFit
 from utils.config import KeyGroup, key
 from utils.gumbel_utils import gumbel_sparsemax
 from utils.runs import distributed
@@ -32,9 +30,7 @@ class EvidenceKeys(TemperatureKeys, PriceKeys, GrowthKeys):
 
     alpha_scope: Literal["layer"] = key("layer", "The norm of every block and projection moves into its magnitude.")
     init_alpha: float = key(1.0, "Magnitude that a new adapter is trained with.", gt=0)
-    refit_lr: float | None = key(
-        None, "Learning rate of SGD (with `momentum`) for the head rows, which every task fits anew.",
-        unset="the optimizer and learning rate of the task", gt=0)
+    row_fit: Literal["alike"] = key("alike", "Head rows are fitted alike in every task, with an adapter or without.")
 
 
 class Evidence(Recipe):
@@ -65,7 +61,7 @@ class Evidence(Recipe):
                     f"price={self.config.gate_price}")
 
     def begin(self) -> None:
-        """Decides: a task that needs no adapter of its own trains its head rows alone."""
+        """Decides: a task that needs no adapter of its own has its head rows fitted and is not trained."""
         learner, bank = self.learner, self.learner.bank
         new = Key.of(self._class_statistics())
         shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
@@ -76,48 +72,26 @@ class Evidence(Recipe):
         learner.drop(self._decision)
         self.prune(self._decision.keep)
         self.keys.learn(learner.task, new, None if bank.current == learner.task else min(shifts, key=shifts.get))
-        if bank.current is None:
-            learner.head.clear()  # rows are fitted to a network that stays as it is: they start alike in every task
 
     def _class_statistics(self) -> Tensor:
         """Mean statistics `[c, p]` of the current task's classes as the frozen network sees its training images."""
         learner = self.learner
         classes = len(learner.data.task_classes(learner.task))
-        learner.bank.unmerge()
         sums = torch.zeros(classes, key_size(learner.bank.width), dtype=torch.float64, device=learner.device)
         counts = torch.zeros(classes, dtype=torch.float64, device=learner.device)
-        for images, labels in learner.task_images("how far its images have moved"):
-            members = F.one_hot(labels, classes).to(sums)  # [b, c]: a product sums in a fixed order
-            sums += members.T @ token_statistics(learner.backbone.early_tokens(images))
-            counts += members.sum(0)
+        with learner.bank.silenced():
+            for images, labels in learner.task_images("how far its images have moved"):
+                members = F.one_hot(labels, classes).to(sums)  # [b, c]: a product sums in a fixed order
+                sums += members.T @ token_statistics(learner.backbone.early_tokens(images))
+                counts += members.sum(0)
         distributed.add_up(sums, counts)
         return sums / counts[:, None]
 
-    def optimizer(self) -> torch.optim.Optimizer | None:
-        learner = self.learner
-        if learner.bank.current is not None:
-            return None
-        return make_row_optimizer(self.config, learner.head.trainable(), learner.task)
-
-    def groups(self) -> list[dict]:
-        return []
-
-    def step(self, step: int) -> None:
-        if self.learner.bank.current is not None:  # otherwise the network stays as `begin` left it
-            self.learner.bank.train_step()
+    def wants_step(self, step: int) -> bool:
+        return self.learner.bank.current is not None  # head rows alone are fitted at the end of the task
 
     def decide(self) -> Decision:
         return self._decision
-
-    def row_fit(self, dropped: bool, decision: Decision, state: list[Tensor] | None) -> RowFit | None:
-        """From 0, to the network that the trained adapter has left: rows that have grown with an adapter outshout those of
-        tasks that trained rows alone."""
-        learner = self.learner
-        if learner.task not in decision.keep:
-            return None
-        learner.head.clear()
-        epochs = epochs_of(self.config, learner.task)
-        return RowFit(learner, epochs, epochs, scheduled=True, state=state)
 
     def stored_tensors(self) -> list[Tensor]:
         return self.keys.tensors()

@@ -32,10 +32,13 @@ class Open(Recipe):
 
     @property
     def alpha_scope(self) -> str:
-        return "task"
+        return self.config.alpha_scope
 
     def begin(self) -> None:
         self.learner.bank.reset_magnitudes(self.config.init_alpha)
+
+    def groups(self) -> list[dict]:
+        return [self.group(self.learner.bank.alpha, self.config.alpha_lr)]
 
     def settle(self, decision: Decision) -> None:
         """The newcomer's norm stays a fixed factor of it: SD-LoRA evaluates the current adapter as it was trained."""

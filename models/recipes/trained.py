@@ -9,11 +9,11 @@ from torch import Tensor
 
 from backbone.gates import GumbelGate, GumbelSoftmaxGate
 from models.growth import RANKED, TRAINED_NEWCOMER, Decision
-from models.optimisation import epochs_of, learning_rate
+from models.optimisation import epochs_of
 from models.recipes.base import AlphaKeys, GrowthKeys, Recipe
 from models.rows import RefitKeys
-from utils.config import Config, KeyGroup, key
-from utils.config.rules import above
+from utils.config import Component, Config, KeyGroup, key
+from utils.config.rules import Name, above
 from utils.gumbel_utils import TemperatureScheduler, sample_gumbel, sparsity_loss
 from utils.rng import generator
 from utils.runs.progress import LOGGER
@@ -28,23 +28,28 @@ class TemperatureKeys(KeyGroup):
 
 
 class TrainedKeys(TemperatureKeys):
-    """Trained gates"""
+    """Trained logits"""
 
-    alpha_scope: Literal["layer", "task"] = key(
-        "layer", 'One magnitude per block and projection (`"layer"`) or one per adapter (`"task"`, as SD-LoRA has it).')
-    init_alpha: float = key(1.0, "Magnitude that a new adapter starts with.", gt=0)
     gate_lr: float | None = key(
         None, "Learning rate of the gate's logits; 0 freezes them.", unset="the task's learning rate", ge=0)
-    gate_compensation: bool = key(
-        True, "Rescale the old magnitudes when a task begins, so that the newcomer's share of the gate moves no output.")
     gumbel_tau_init: float = key(5.0, "Temperature in the first step of a task; high is close to uniform.", gt=0)
     gumbel_anneal_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = key(
         "auto",
         'Factor per optimizer step on the distance to `gumbel_tau_final`; `"auto"` takes the one that is '
-        "within 1 % of it in the task's last step.", allowed='a number above 0 and at most 1, or "auto"')
+        "within 1 % of it in the last step.", allowed='a number above 0 and at most 1, or "auto"')
     lambda_sparsity: float = key(
         0.01, "Weight of the sparsity loss (the entropy of the gate). Lower it when too many adapters are pruned.",
         idle=0, ge=0)
+
+
+class OneNetworkKeys(KeyGroup):
+    """One gate for all images"""
+
+    alpha_scope: Literal["layer", "task"] = key(
+        "layer", 'One magnitude per block and projection (`"layer"`) or one per adapter (`"task"`, as SD-LoRA has it).')
+    init_alpha: float = key(1.0, "Magnitude that a new adapter starts with.", gt=0)
+    gate_compensation: bool = key(
+        True, "Rescale the old magnitudes when a task begins, so that the newcomer's share of the gate moves no output.")
 
 
 class NoiseKeys(KeyGroup):
@@ -56,7 +61,7 @@ class NoiseKeys(KeyGroup):
 class TrainedGate(Recipe):
     """A gate whose logits are trained without noise."""
 
-    class Keys(TrainedKeys, AlphaKeys, GrowthKeys, RefitKeys):
+    class Keys(TrainedKeys, OneNetworkKeys, AlphaKeys, GrowthKeys, RefitKeys):
         """A trained gate"""
 
     offers = frozenset({RANKED, TRAINED_NEWCOMER})
@@ -102,9 +107,7 @@ class TrainedGate(Recipe):
             bank.rescale(torch.cat([before, after[-1:]]), after)
 
     def groups(self) -> list[dict]:
-        base = learning_rate(self.config, self.learner.task)
-        rate = base if self.config.gate_lr is None else self.config.gate_lr
-        return [*super().groups(), {"params": [self.gate.logits], "lr": rate, "weight_decay": 0.0}]
+        return [self.group(self.learner.bank.alpha, self.config.alpha_lr), self.group(self.gate.logits, self.config.gate_lr)]
 
     def step(self, step: int) -> Tensor | None:
         """One temperature, one draw of noise and one merge, shared by all blocks and projections."""
@@ -113,15 +116,24 @@ class TrainedGate(Recipe):
         return self.config.lambda_sparsity * sparsity_loss(self._beta)
 
     def schedule(self) -> TemperatureScheduler:
-        """The temperatures of the current task; at the first step of a task one that will not arrive is said."""
+        """The temperatures of the current task; one that will not arrive is said at its first step."""
         learner, config = self.learner, self.config
         if self._schedule is None or self._schedule[0] != learner.task:
-            steps = epochs_of(config, learner.task) * learner.data.steps_per_epoch(learner.task, config.batch_size)
-            made = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate, steps)
+            made = TemperatureScheduler(config.gumbel_tau_init, config.gumbel_tau_final, config.gumbel_anneal_rate,
+                                        self.annealed_steps())
             self._schedule = learner.task, made
             if warning := made.warning():
                 LOGGER.warning(warning)
         return self._schedule[1]
+
+    def annealed_steps(self) -> int:
+        """Optimizer steps in which the temperature falls."""
+        return self.task_steps()
+
+    def task_steps(self) -> int:
+        """Optimizer steps of the current task."""
+        learner, config = self.learner, self.config
+        return epochs_of(config, learner.task) * learner.data.steps_per_epoch(learner.task, config.batch_size)
 
     def noise(self, step: int) -> Tensor | None:
         """Gumbel noise `[n]` of optimizer step `step`, on the device; None draws none."""
@@ -158,11 +170,17 @@ class TrainedGate(Recipe):
         self.gate.set_temperature(state["tau"])
 
 
+class GumbelKeys(NoiseKeys):
+    """Inference"""
+
+    inference: Name = key("global", "Which network an image of the test set meets.")
+
+
 class GumbelSparsemax(TrainedGate):
     """The named method: sparsemax of noisy logits, with exact zeros."""
 
-    class Keys(TrainedGate.Keys, NoiseKeys):
-        """The Gumbel gates"""
+    class Keys(TrainedGate.Keys, GumbelKeys):
+        """Gumbel-Sparsemax"""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -183,8 +201,15 @@ class GumbelSparsemax(TrainedGate):
         return self._drawn[2][step - self._drawn[1]]
 
 
+class Global(Component):
+    """One network for all images, with all adapters that weigh anything."""
+
+
 class GumbelSoftmax(GumbelSparsemax):
     """Softmax in place of sparsemax: no exact zeros."""
+
+    class Keys(TrainedGate.Keys, NoiseKeys):
+        """Gumbel-Softmax"""
 
     def make_gate(self) -> GumbelGate:
         return GumbelSoftmaxGate()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.learners import SMALL
 
 import main as command
 from backbone.embedded import EMBEDDED
@@ -23,7 +22,7 @@ from studies import runner as study_runner
 from studies.file import _MARKS
 from studies.study import is_study, load_study
 from studies.study import main as study_command
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL
 from trainer import check
 from utils.config import Config, load_config
 from utils.errors import UserError

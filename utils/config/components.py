@@ -74,14 +74,21 @@ def chosen(values: Mapping[str, Any]) -> dict[str, type[Component]]:
 
 
 def config_class(choices: Mapping[str, type[Component]]) -> type[Config]:
-    """The class of configs that make these `choices`."""
+    """The class of configs that make these `choices`.
+
+    A component stands in for another chosen one that it inherits from. Of two that declare the same key the one that was
+    chosen later counts; those of `always_known` tables come last.
+    """
+    parts = [part for part in choices.values() if not any(other is not part and issubclass(other, part)
+                                                          for other in choices.values())]
     also = [part for key in choices for part in CHOICES[key].values() if part.always_known]
-    return _config_class(tuple(choices.values()), tuple(also))
+    return _config_class(tuple(parts), tuple(also))
 
 
 @functools.cache
 def _config_class(parts: tuple[type[Component], ...], also: tuple[type[Component], ...]) -> type[Config]:
-    groups = list(dict.fromkeys(part.Keys for part in (*parts, *also)))
+    ordered = sorted(reversed(parts), key=lambda part: part.always_known)
+    groups = list(dict.fromkeys(part.Keys for part in (*ordered, *also)))
     bases = [group for group in groups if not any(other is not group and issubclass(other, group) for other in groups)]
     made = create_model("Config", __base__=(*bases, Config), __doc__=Config.__doc__)
     made.components = parts

@@ -29,8 +29,7 @@ def config_schema() -> dict[str, Any]:
     made = {key: entry for group in [*(group for group, _ in reversed(list(_groups()))), Config]
             for key, entry in group.model_json_schema()["properties"].items()}
     for key, field in known_keys().items():
-        entry = {name: made[key][name] for name in made[key]
-                 if name not in ("title", "unset", "allowed", "derive", "idle")}
+        entry = {name: value for name, value in made[key].items() if name != "title"}
         entry["description"] = _meaning(key, field)
         if "const" in entry:  # versions of pydantic differ on whether a single choice has an enum too
             entry["enum"] = [entry.pop("const")]

@@ -6,7 +6,7 @@ Each key is documented where it is declared; those of a method, gate, head or gr
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
@@ -32,13 +32,25 @@ def key(default: Any, meaning: str, *, unset: str = "", allowed: str = "", deriv
     keys. allowed: what the type leaves unsaid. idle: a value that asks for nothing, and so may stand where the key has no
     effect. limits: pydantic's, such as `ge=1`.
     """
-    extra = {"unset": unset, "allowed": allowed, "derive": derive, "idle": idle}
-    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+    told = _Told(unset, allowed, derive, idle)
+    return Field(default, description=meaning, json_schema_extra=told, **limits)
+
+
+class _Told(NamedTuple):
+    """What a key's declaration says besides pydantic's own; as pydantic wants it, a function that leaves a schema alone."""
+
+    unset: str
+    allowed: str
+    derive: Callable[[Any], Any] | None
+    idle: Any
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        pass
 
 
 def told(field: FieldInfo, what: str) -> Any:
     """What `key` was given as `unset`, `allowed`, `derive` or `idle`."""
-    return field.json_schema_extra[what]
+    return getattr(field.json_schema_extra, what)
 
 
 class RunKeys(KeyGroup):

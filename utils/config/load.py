@@ -67,8 +67,8 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
         config = kind.model_validate(effective, context={"name": name})
     except ValidationError as error:
         raise UserError(_sentence(error, effective, kind, source, options)) from None
-    for key in values.keys() - effective.keys():
-        if not _idle(key, values[key]):
+    for key in values:
+        if key not in effective and not _idle(key, values[key]):
             raise UserError(f"{options.get(key, source)}: {_without_effect(key, values[key], config)}")
     return config
 

@@ -26,8 +26,8 @@ def growth_lines(task: int, beta_values: Sequence[float], *, kept: bool, active:
     """The `[Conditional Growth]` lines of one decision.
 
     `beta_values`: the gate weights that the decision read, the current task's last. `active` of `total` adapters are in
-    use after it; `evicted` are older tasks whose adapters it pruned. criterion, reasons: the growth rule's words, for what it holds
-    the newcomer against and, by task, for what decided over an adapter.
+    use after it; `evicted` are older tasks whose adapters it pruned. criterion, reasons: the growth rule's words, for what it
+    holds the newcomer against and, by task, for what decided over an adapter.
     """
     fates = [*((old, False) for old in evicted), (task, kept)]
     return [f"{GROWTH} Task {task} - Beta values: {format_array(beta_values)}",

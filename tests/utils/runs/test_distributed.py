@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.learners import SMALL
 
 from main import main
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in PLACES},
