@@ -9,6 +9,7 @@ from tests.helpers import ROOT
 from tools.config import main
 from utils.config import config_from_dict, known_keys
 from utils.config.describe import config_schema, config_table
+from utils.config.keys import told
 from utils.errors import UserError
 
 EXPS = ROOT / "exps"
@@ -20,7 +21,7 @@ def test_every_key_is_documented_and_told_once() -> None:
     table = config_table()
     for key, field in known_keys().items():
         assert field.description and field.description.endswith("."), key
-        assert field.json_schema_extra["unset"] or field.default is not None, key
+        assert told(field, "unset") or field.default is not None, key
         assert f"\n| `{key}` |" in table
     assert all(f'`"{name}"`' in table for name in LEARNERS)
 
