@@ -408,6 +408,7 @@ def test_a_damaged_record_is_named(runs, tmp_path, capsys, damage):
     assert str(path) in sentence and "is damaged" in sentence and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_help_comes_without_torch():
     check = ("import sys, analysis.compare as c\ntry: c.parse(['--help'])\nexcept SystemExit: pass\n"
              "sys.exit('torch' in sys.modules)")
