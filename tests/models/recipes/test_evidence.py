@@ -189,22 +189,15 @@ def test_the_rows_of_a_kept_task_are_fitted_anew_and_no_others(before: Callable[
     assert not torch.allclose(learner.head.weight[4:], rows, atol=1e-3)
 
 
-def test_i5_a_task_without_adapter_trains_its_rows_and_nothing_else(before: Callable[[int], BaseLearner]) -> None:
+def test_i5_a_task_without_adapter_fits_its_rows_and_trains_nothing(before: Callable[[int], BaseLearner]) -> None:
     learner = before(2)
     bank, features = learner.bank.snapshot(), learner.embed(test_images(learner))
     learner.begin_task(2)
     assert learner.bank.new_A is None and learner.bank.tasks == [0, 1]
     assert not learner.head.new_weight.any() and not learner.head.new_bias.any(), "rows of a fixed network start alike"
     assert learner.trainable_parameters() == 3 * 129
-    assert [id(p) for p in learner.optimizer().param_groups[0]["params"]] == list(map(id, learner.head.trainable()))
-    images, labels = next(learner.data.train_batches(2, 0, 32))
-    assert learner.before_step(0) is None
-    learner.backward(images, labels, None, len(labels))
-    assert all(p.grad is None for p in [*learner.bank.parameters(), *learner.backbone.parameters()])
-    assert all(p.grad.any() for p in learner.head.trainable())
-    for p in learner.head.trainable():
-        p.grad = None
     learner.train()
+    assert learner.steps_done() == 0
     report = learner.end_task()
     assert not report.kept and report.active_adapters == 2 and report.pruning_mask == [1, 1, 0]
     assert learner.head.weight[7:].any()
@@ -227,7 +220,7 @@ def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Call
 def test_i8_evaluating_changes_no_result(whole: tuple) -> None:
     session = Watch()
     learner = learn(learner_of(config_of(eval_every=1), session), range(3))
-    assert session.evaluated == [4, 7, 10] and same(learner, whole[0])
+    assert session.evaluated == [4, 7] and same(learner, whole[0])
 
 
 def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> None:
@@ -235,10 +228,15 @@ def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> N
     for task in range(3):  # tasks 0 and 1 with an adapter, task 2 without
         learner.begin_task(task)
         learner.session = Watch(stop_at=3)
-        with pytest.raises(Interrupted):
-            learner.train()
+        if KEPT[task]:  # within its steps, else within the fit of its rows
+            with pytest.raises(Interrupted):
+                learner.train()
+            assert learner.steps_done() == 3
+        else:
+            with pytest.raises(Interrupted):
+                learner.end_task()
         learner = resumed(learner)
-        assert learner.steps_done() == 3 and (learner.bank.current == task) is KEPT[task]
+        assert (learner.bank.current == task) is KEPT[task]
         learner.train()
         learner = resumed(learner)
         learner.end_task()
