@@ -89,11 +89,11 @@ def on_cuda(learner: BaseLearner) -> BaseLearner:
                 if tensor is not None:
                     part._parameters[name] = nn.Parameter(moved(tensor), tensor.requires_grad)
             part._buffers.update({name: moved(tensor) for name, tensor in part._buffers.items() if tensor is not None})
-    if hasattr(learner, "recipe"):
-        learner.load_state({**learner.state(), "decision_beta": learner.decision_beta})
     for source in learner.data._sources.values():
         source.images, source.device = moved(source.images), CUDA
     learner.device = learner.data.device = CUDA
+    if hasattr(learner, "recipe"):
+        learner.recipe.load_state(learner.recipe.state())  # what it keeps besides modules goes where the learner is
     learner.data._mean_std = learner.data._mean_std and [moved(part) for part in learner.data._mean_std]
     return learner
 

@@ -14,8 +14,8 @@ from tests.helpers import in_float64
 from trainer import Quiet
 from utils.rng import generator
 
-SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax", "inference": "global", "device": "cpu",
-         "compile": False, "steps": 1, "warmup": 1}
+SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax",
+         "inference": "global", "device": "cpu", "compile": False, "steps": 1, "warmup": 1}
 
 
 def one_step(layers=None, old: int = 3, gate: str = "gumbel_softmax") -> tuple[dict[str, Tensor], object]:
