@@ -83,7 +83,9 @@ def moved(tensor: Tensor) -> Tensor:
 
 def on_cuda(learner: BaseLearner) -> BaseLearner:
     """The learner as it would be on a GPU; called under a Rehearsal."""
-    for module in [learner.backbone, *learner.modules()]:
+    recipe = getattr(learner, "recipe", None)
+    parts = [part for part in vars(recipe or learner).values() if isinstance(part, nn.Module)]
+    for module in [learner.backbone, *learner.modules(), *parts]:
         for part in module.modules():
             for name, tensor in part._parameters.items():
                 if tensor is not None:
@@ -92,8 +94,8 @@ def on_cuda(learner: BaseLearner) -> BaseLearner:
     for source in learner.data._sources.values():
         source.images, source.device = moved(source.images), CUDA
     learner.device = learner.data.device = CUDA
-    if hasattr(learner, "recipe"):
-        learner.recipe.load_state(learner.recipe.state())  # what it keeps besides modules goes where the learner is
+    if recipe is not None:
+        recipe.load_state(recipe.state())  # what it keeps besides modules goes where the learner is
     learner.data._mean_std = learner.data._mean_std and [moved(part) for part in learner.data._mean_std]
     return learner
 
@@ -120,7 +122,8 @@ def hold_still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _HEADS = {"linear": {}, "cosine": {}, "aligned": {"align_epochs": 2, "align_samples": 8}, "ridge": {"ridge_dim": 16}}
-_CASES = [{"gate": gate} for gate in GATES] + [
+# Routed inference reads once per batch which networks its images need; all else of it is rehearsed.
+_CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_every": 0}] + [
     {"head": head, **_HEADS[head], **method} for head in HEADS for method in ({}, {"model_name": "finetune_head"})] + [
     {"model_name": "simplecil"},
     {"growth_rule": "val_loss", "val_fraction": 0.2}, {"growth_rule": "topk"}, {"gate": "none", "growth_rule": "kd"},
@@ -129,7 +132,7 @@ _CASES = [{"gate": gate} for gate in GATES] + [
 
 @pytest.mark.parametrize("changes, answer", [
     pytest.param(changes, answer, id=",".join(map(str, [*changes.values(), "kept" if answer else "dropped"])))
-    for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule"} & changes.keys() else [True])])
+    for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule", "inference"} & changes.keys() else [True])])
 def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = learner_of(small_config(batch_size=150, **changes))
     if hasattr(learner, "recipe"):
