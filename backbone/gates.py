@@ -51,7 +51,7 @@ class GumbelGate(Gate):
 
     def smallest_in_support(self, tau: float) -> float:
         """The smallest logit in the noise-free support at `tau`: where a newcomer starts."""
-        return self.logits[self(tau=tau) > 0].min().item()
+        return self.logits.masked_fill(self(tau=tau) <= 0, float("inf")).min().item()
 
 
 class GumbelSoftmaxGate(GumbelGate):

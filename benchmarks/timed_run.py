@@ -84,8 +84,8 @@ class TimedRun(Run):
         self.spans["optimizer"].append((self._update_begins, now))
         self.steps_of.setdefault(self.learner.task, []).append((self._batch_at_hand, now))
 
-    def _counts(self) -> TaskCounts:
-        return self._span("evaluation", super()._counts)
+    def _counts(self, title: str, whole: bool = False) -> TaskCounts:
+        return self._span("evaluation", super()._counts, title, whole)
 
     def _write_results(self, finished: bool = False) -> None:
         self._span("saving", super()._write_results, finished)

@@ -66,7 +66,7 @@ class BaseLearner(Component, ABC):
         if self.reads_class_token_alone:
             backbone.read_class_token_alone()
         self.backbone = backbone.to(self.device)
-        self._features = torch.compile(self.backbone) if config.compile else self.backbone
+        self._features = torch.compile(self.backbone.vit) if config.compile else self.backbone.vit
 
     @classmethod
     def stream(cls, data: DataManager) -> DataManager:

@@ -114,6 +114,7 @@ class GradientLearner(BaseLearner):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.head = HEADS[self.config.head](self.backbone.width, self.config, self.seed).to(self.device)
+        self._process = distributed.part()  # asked for once: a step of a single process has nothing to do with others
         self._optimizer: torch.optim.Optimizer | None = None
         self._position = Position(0, 0, 0, Meter(self.device))
         self._resumed: dict[str, Any] | None = None  # state of the optimizer to go on with
@@ -193,22 +194,24 @@ class GradientLearner(BaseLearner):
 
     def _train_phase(self, phase: Phase, begin: int) -> None:
         """What is left of a phase; `begin`: the epoch of the task with which it starts."""
-        task, data, size = self.task, self.data, phase.batch_size
+        task, data, size, epochs = self.task, self.data, phase.batch_size, self.epochs()
         optimizer = self._optimizer = phase.optimizer()
         if self._resumed is not None:
             optimizer.load_state_dict(self._resumed)
             self._resumed = None
         for epoch in range(self._position.epoch, begin + phase.epochs):
             scale_learning_rates(optimizer, phase.rate(epoch - begin))
+            title = f"Task {task}, Epoch {epoch + 1}/{epochs}"
             _, first, step, meter = self._position
-            batches = data.train_batches(task, epoch, size, skip=first, part=distributed.part())
+            batches = data.train_batches(task, epoch, size, skip=first, part=self._process)
             for batch, (images, labels) in enumerate(batches, first):
                 if not self.wants_step(step):
                     break
                 total = data.images_in_batch(task, batch, size)
                 extra = phase.step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
-                add_up_gradients(self._trained(), clf, correct)
+                if self._process != (0, 1):
+                    add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
                 if self.config.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
@@ -220,9 +223,9 @@ class GradientLearner(BaseLearner):
                 optimizer.zero_grad()
                 step += 1
                 self._position = Position(epoch, batch + 1, step, meter)
-                self._show(epoch)
+                self._show(title)
                 self.session.after_step()
-            self._end_epoch(epoch)
+            self._end_epoch(epoch, title)
             if not self.wants_step(step):
                 break
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
@@ -240,7 +243,7 @@ class GradientLearner(BaseLearner):
         pieces = list(zip(images.chunk(parts), targets.chunk(parts), strict=True)) if len(labels) else []
         for index, (x, y) in enumerate(pieces):
             last = index + 1 == len(pieces)
-            share, hits = self._part(x, y, extra if last and distributed.is_main() else None, total, last)
+            share, hits = self._part(x, y, extra if last and self._process[0] == 0 else None, total, last)
             clf += share
             correct += hits
         return clf, extra.detach(), correct
@@ -334,19 +337,18 @@ class GradientLearner(BaseLearner):
 
     # ---- log and checks
 
-    def _show(self, epoch: int) -> None:
-        title = f"Task {self.task}, Epoch {epoch + 1}/{self.epochs()}"
+    def _show(self, title: str) -> None:
         if self.session.progress.step(title, self._shown_figures) or self.device.type == "cpu":
             self._stop_if_not_finite()
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, title: str) -> None:
         self._stop_if_not_finite()
         every, epochs, means = self.config.eval_every, self.epochs(), self._position.meter.read()
         wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
         test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
         parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
                  f"Train_accy {means['accuracy']:.2f}", *test]
-        LOGGER.info(f"Task {self.task}, Epoch {epoch + 1}/{epochs} => {', '.join(parts)}")
+        LOGGER.info(f"{title} => {', '.join(parts)}")
         self._position = Position(epoch + 1, 0, self._position.step, Meter(self.device))
 
     def _shown_figures(self) -> dict[str, float]:
@@ -385,8 +387,6 @@ class GradientLearner(BaseLearner):
 
 def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
     """The gradients of `parameters`, and the `others`, become their sums over all processes."""
-    if distributed.part() == (0, 1):
-        return
     for p in parameters:
         if p.grad is None:  # a process without images in this batch
             p.grad = torch.zeros_like(p)

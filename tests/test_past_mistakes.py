@@ -9,7 +9,7 @@ import random
 import numpy as np
 import torch
 
-from tests.learners import learn, learner_of, small_config, test_images
+from tests.helpers import learn, learner_of, small_config, test_images
 
 
 def test_5_evaluation_sees_neither_a_pruned_adapter_nor_the_training_gate() -> None:

@@ -49,11 +49,13 @@ class AlignedHead(GrowingHead):
         counts = torch.zeros(classes, **options)
         sums, products = (torch.zeros(classes, *shape, **options) for shape in ((self.width,), (self.width, self.width)))
         for batch, labels in features:
-            for label in labels.unique().tolist():
-                members = batch[labels == label].double()
-                counts[label] += len(members)
+            wide = batch.double()
+            for label in range(classes):  # whichever are in the batch: to ask would be to wait for the device
+                chosen = (labels == label)[:, None]
+                members = wide * chosen
+                counts[label] += chosen.sum()
                 sums[label] += members.sum(0)
-                products[label] += members.T @ members
+                products[label] += members.T @ wide
         return [counts, sums, products]
 
     @torch.no_grad()
@@ -94,13 +96,14 @@ class AlignedHead(GrowingHead):
         optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
         factors = [factor(self.covariance(label)) for label in range(len(self.means))]
+        sizes = self.sizes.tolist()
         for epoch in range(config.align_epochs):
             features, labels = self.draw(factors, config.align_samples, stream)
             order = torch.randperm(len(labels), generator=stream).to(labels.device)
             batches = order.split(config.align_samples)
             for number, batch in enumerate(batches, epoch * len(batches)):
                 pause("aligning the head", number, config.align_epochs * len(batches))
-                logits = level(F.linear(features[batch], weight, bias), self.sizes.tolist())
+                logits = level(F.linear(features[batch], weight, bias), sizes)
                 F.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -71,8 +71,9 @@ class RidgeHead(GrowingHead):
             held_out = (torch.arange(number, number + len(h), device=h.device) + 1) % HELD_OUT == 0
             number += len(h)
             for part, rows in ((0, ~held_out), (2, held_out)):
-                sums[part] += h[rows].T @ h[rows]
-                sums[part + 1] += h[rows].T @ y[rows]
+                chosen = h * rows[:, None]  # to pick rows by a mask would be to wait for the device
+                sums[part] += chosen.T @ h
+                sums[part + 1] += chosen.T @ y
         return sums
 
     @torch.no_grad()

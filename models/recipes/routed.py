@@ -121,7 +121,7 @@ class Routed(GumbelSparsemax):
         """Decides when the gate's phase is over."""
         if self._decision is None and step >= self.annealed_steps():
             self._decide()
-        return self.learner.bank.current is not None
+        return super().wants_step(step)
 
     def step(self, step: int) -> Tensor | None:
         if self._decision is None:

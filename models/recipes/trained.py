@@ -135,6 +135,9 @@ class TrainedGate(Recipe):
         learner, config = self.learner, self.config
         return epochs_of(config, learner.task) * learner.data.steps_per_epoch(learner.task, config.batch_size)
 
+    def wants_step(self, step: int) -> bool:
+        return self.learner.bank.current is not None
+
     def noise(self, step: int) -> Tensor | None:
         """Gumbel noise `[n]` of optimizer step `step`, on the device; None draws none."""
         return None

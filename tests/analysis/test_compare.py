@@ -16,8 +16,7 @@ from analysis.compare import compare, main
 from analysis.measures import MEASURES, difference, measures_of
 from analysis.pictures import growth_figure, heatmap_figure, non_dominated, pareto_figure
 from analysis.records import find_runs, group_runs
-from tests.helpers import ROOT
-from tests.run_records import save, true_record, varied
+from tests.helpers import ROOT, save, true_record, varied
 from utils.errors import UserError
 
 SEEDS = range(1993, 1998)
@@ -427,6 +426,7 @@ def test_a_damaged_record_is_named(runs, tmp_path, capsys, damage):
     assert str(path) in sentence and "is damaged" in sentence and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_help_comes_without_torch():
     check = ("import sys, analysis.compare as c\ntry: c.parse(['--help'])\nexcept SystemExit: pass\n"
              "sys.exit('torch' in sys.modules)")

@@ -30,8 +30,7 @@ from analysis.gate_tables import TABLES
 from analysis.gates import main
 from backbone import create_backbone
 from models import load_network
-from tests.learners import SMALL, small_config
-from utils.config import config_from_dict
+from tests.helpers import small_config
 from utils.data import load_dataset
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts
@@ -261,7 +260,7 @@ def test_the_command_writes_tables_pictures_and_json(copy: Path, answers: dict[s
 
 
 def test_a_run_without_gate_has_nothing_to_correlate(tmp_path: Path, capsys) -> None:
-    trainer.run(small_config(tmp_path / "run", gate="none", growth_rule="none", gate_lr=None))
+    trainer.run(small_config(tmp_path / "run", gate="none"))
     assert main([str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert "Undefined: all 3 gate weights are 1, so there is nothing to correlate." in capsys.readouterr().out
     weights = json.loads((tmp_path / "run" / "gates" / "gate_weights.json").read_text())
@@ -278,9 +277,7 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_a_run_without_adapters_is_refused(tmp_path: Path, capsys) -> None:
-    trained = {"init_epoch", "epochs", "init_lr", "lrate", "gate_lr", "rank"}  # keys that do nothing there
-    values = {key: value for key, value in SMALL.items() if key not in trained}
-    trainer.run(config_from_dict({**values, "filepath": str(tmp_path / "run"), "model_name": "simplecil"}))
+    trainer.run(small_config(tmp_path / "run", model_name="simplecil"))
     capsys.readouterr()
     assert "'simplecil', which has no adapters" in refused(capsys, str(tmp_path / "run"))
     assert not (tmp_path / "run" / "gates").exists()

@@ -7,10 +7,11 @@ import timm
 import torch
 from torch import nn
 
-from backbone import FrozenViT
+from backbone import create_backbone
 from backbone.class_token import ClassTokenBlock, read_class_token_alone
 from backbone.embedded import EMBEDDED
-from backbone.vit import load_vit
+from models import BaseLearner
+from tests.helpers import learner_of, small_config
 
 TOKEN = [("test_vit", {}), ("test_vit", {"reg_tokens": 2, "init_values": 0.5}), (EMBEDDED, {})]
 
@@ -65,9 +66,10 @@ def test_networks_that_read_other_tokens_stay_as_they_are(name: str, options: di
     assert torch.equal(vit(pixels(vit)), short(pixels(vit)))
 
 
-def test_the_frozen_vit_reads_the_class_token_and_keeps_its_names() -> None:
-    vit, identity = load_vit("test_vit", pretrained=False, weights=None, seed=0)
-    names = list(vit.state_dict())
-    frozen = FrozenViT(vit, identity)
-    assert isinstance(frozen.vit.blocks[-1], ClassTokenBlock) and not frozen.vit.blocks[-1].training
-    assert list(frozen.vit.state_dict()) == names
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_learner_says_what_it_reads_and_names_stay(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseLearner, "reads_class_token_alone", alone)
+    learner = learner_of(small_config(model_name="finetune_head"))
+    last = learner.backbone.vit.blocks[-1]
+    assert isinstance(last, ClassTokenBlock) is alone and not last.training
+    assert list(learner.backbone.vit.state_dict()) == list(create_backbone(learner.config).vit.state_dict())

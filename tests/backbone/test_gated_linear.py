@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from backbone import gated_linear
 from backbone.gated_linear import GatedLinear, GatedQKV, Operands
-from tests.reference import bank_on, filled_bank, images, loop_network, tiny_vit, trained
+from tests.helpers import bank_on, filled_bank, images, loop_network, tiny_vit, trained
 from utils.rng import generator
 
 WIDTH = 8
@@ -104,6 +104,7 @@ def test_under_autocast_gradients_stay_float32_and_close() -> None:
         assert (full - half).norm() < 0.1 * full.norm()
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_same() -> None:
     """Traced by torch.compile as it is; the backend that generates code is torch's business and takes a compiler."""
     torch.compiler.reset()
@@ -122,6 +123,7 @@ def test_compiled_gradients_are_the_same() -> None:
         assert torch.allclose(plain, traced, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_compiled_serves_every_later_task() -> None:
     """The stack of stored adapters grows from task to task; past 8 graphs torch would silently stop compiling."""
     torch.compiler.reset()

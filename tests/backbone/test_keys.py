@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backbone.keys import Key, Keys, key_size, token_statistics
-from tests.learners import learner_of, small_config
+from tests.helpers import learner_of, small_config
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -164,13 +164,13 @@ def test_state_comes_back_to_the_bit() -> None:
 
 def test_what_is_stored_is_counted() -> None:
     assert len(memory().tensors()) == 2 * 2 + 1 and sum(t.numel() for t in memory().tensors()) == 5 * 8
-    learner = learner_of(small_config(gate="evidence", gate_lr=None, nb_tasks=2))
+    learner = learner_of(small_config(gate="evidence", nb_tasks=2))
     before = sum(t.numel() for t in learner.stored_tensors())
     learner.begin_task(0)
     trained = sum(t.numel() for module in learner.modules() for t in [*module.parameters(), *module.buffers()])
     assert sum(t.numel() for t in learner.stored_tensors()) == trained + 3 * 18 * 128 > before
     ids = {id(tensor) for tensor in learner.stored_tensors()}
-    assert {id(tensor) for tensor in learner.keys.tensors()} <= ids
+    assert {id(tensor) for tensor in learner.recipe.keys.tensors()} <= ids
 
 
 # ---- statistics

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbone import FrozenViT, create_backbone
 from backbone.lora import inject
 from backbone.vit import _full_name, data_config, fused_qkv, load_vit, weights_sha256
-from tests.learners import small_config
+from tests.helpers import small_config
 from utils.errors import UserError
 
 TINY = "test_vit"  # timm's own test network: 160 pixels, patches of 16, 6 blocks of width 64
@@ -174,6 +174,7 @@ def test_dino_is_created_and_injected() -> None:
     assert data_config(vit) == (224, IMAGENET) and len(inject(vit, "x")) == 12 and vit.num_features == 384
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, registers", [("vit_small_patch14_dinov2", 0), ("vit_small_patch14_reg4_dinov2", 4)])
 def test_dinov2_takes_its_own_names_and_another_image_size(name: str, registers: int, tmp_path: Path) -> None:
     source = random_vit(name, img_size=56)  # a grid of 4 x 4 where the model has 37 x 37

@@ -6,24 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.embedded import EMBEDDED
 from benchmarks import case, run, step, stream
 from benchmarks.references import loop_layers, stacked_layers
-from tests.learners import in_float64
+from tests.helpers import in_float64
+from trainer import Quiet
 from utils.rng import generator
 
-SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax", "device": "cpu",
-         "compile": False, "steps": 1, "warmup": 1}
-
-
-class NoSession:
-    def evaluate(self) -> float:
-        return 0.0
-
-    def after_step(self) -> None:
-        pass
+SMALL = {"precision": "fp32", "backbone": EMBEDDED, "batch": 2, "rank": 2, "gate": "gumbel_softmax",
+         "inference": "global", "device": "cpu", "compile": False, "steps": 1, "warmup": 1}
 
 
 def one_step(layers=None, old: int = 3, gate: str = "gumbel_softmax") -> tuple[dict[str, Tensor], object]:
@@ -36,7 +28,7 @@ def one_step(layers=None, old: int = 3, gate: str = "gumbel_softmax") -> tuple[d
         case.use_reference(learner, layers)
     images = torch.rand(2, 3, 32, 32, generator=generator(0, "x"), dtype=torch.float64)
     classes = learner.data.task_classes(old)
-    case.train_on(learner, NoSession(), images, torch.tensor([classes.start, classes.start + 4]), 1)
+    case.train_on(learner, Quiet(), images, torch.tensor([classes.start, classes.start + 4]), 1)
     names = {"alpha": learner.bank.alpha, "logits": learner.gate.logits, "A": learner.bank.new_A, "B": learner.bank.new_B,
              "head": learner.head.new_weight}
     moved = {name: learner._optimizer.state[p]["momentum_buffer"] for name, p in names.items() if p.requires_grad}
@@ -88,6 +80,7 @@ def test_a_stopwatch_sets_every_span_against_the_pace_before_it(monkeypatch: pyt
     assert watch.median() == 18 and watch.over_pace() == pytest.approx(1.2)
 
 
+@pytest.mark.slow
 def test_the_step_command_prints_a_table_and_writes_json(tmp_path: Path, capsys) -> None:
     path = tmp_path / "new" / "step.json"
     arguments = ["--backbone", EMBEDDED, "--adapters", "0", "--batch", "2", "--rank", "2", "--steps", "1", "--warmup", "1",
@@ -161,39 +154,3 @@ def test_the_stream_command_compares_every_task_with_the_first(tmp_path: Path, c
     record = json.loads(path.read_text())
     assert [row["task"] for row in record["tasks"]] == [0, 1, 2] and record["tasks"][0]["over_first"] == 1
     assert "of 3 tasks within 15 percent" in capsys.readouterr().out
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a CUDA device: values read back, and shapes that depend on values."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-        for name in ("tolist", "numpy", "cpu"):
-            original = getattr(Tensor, name)
-            monkeypatch.setattr(Tensor, name, lambda tensor, *a, name=name, original=original, **k:
-                                (self.seen.append(name), original(tensor, *a, **k))[1])
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name == "index" else []
-        if name in self.NAMES or masks:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("gate", ["gumbel_sparsemax", "none"])
-def test_no_step_waits_for_the_device(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, learner = one_step(gate=gate)
-    learner.bank.skip_silent = False  # as on CUDA
-    images, labels = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.tensor([30, 34])
-    with Waits(monkeypatch) as waits:
-        for number in range(1, 3):
-            learner._step(number, images, labels, len(labels), learner._place.meter)
-        assert waits.seen == []
-        learner._place.meter.read()
-        learner.describe()
-        torch.ones(2)[torch.ones(2) > 0]
-        assert waits.seen[0] == "tolist" and "index" in waits.seen, "the test sees a wait where there is one"

@@ -5,22 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.controls import GATE_KEYS, GROWTH_KEYS
 
 import trainer
 from models import LEARNERS, load_network
-from tests.learners import SMALL, learner_of, small_config
+from tests.helpers import Interrupted, Watch, learn, learner_of, resumed, same, small_config
 from trainer import build
-from utils.config import config_from_dict, default_value
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, summary
 from utils.results.report import curve_lines, final_table, seeds_table
 
-JOINT = {**{key: value for key, value in SMALL.items() if key not in ("epochs", "lrate", "gate_lr")}, "model_name": "joint"}
-
 
 def joint_config(folder: Path | str = "./unused/", **changes):
-    return config_from_dict({**JOINT, "filepath": str(folder), **changes})
+    return small_config(folder, model_name="joint", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def test_it_trains_on_the_images_of_every_task_of_the_stream() -> None:
 def test_it_is_sd_lora_on_a_single_task() -> None:
     """One adapter, trained for init_epoch epochs at init_lr with the gate open."""
     joint = learner_of(joint_config(nb_tasks=2, init_epoch=2))
-    whole = learner_of(small_config(gate="none", gate_lr=None, init_cls=4, nb_tasks=1, init_epoch=2, init_alpha=1.0))
+    whole = learner_of(small_config(gate="none", init_cls=4, nb_tasks=1, init_epoch=2))
     for one in (joint, whole):
         one.begin_task(0)
         one.train()
@@ -89,36 +85,23 @@ def test_it_is_sd_lora_on_a_single_task() -> None:
     assert joint.steps_done() == 2 * joint.data.steps_per_epoch(0, 32) and joint.bank.tasks == [0]
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(run: tuple[Path, dict], tmp_path: Path, monkeypatch) -> None:
-    folder, result = run
-    step = trainer.Run.after_step
-
-    def stop_after_ten(self) -> None:
-        step(self)
-        if self.steps == 10:
-            self._checkpoint()
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.Run, "after_step", stop_after_ten)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run(joint_config(tmp_path / "run"))
-    monkeypatch.undo()
-    again = trainer.run(joint_config(tmp_path / "run"))[0]
-    assert again["tasks"][0]["files"] == result["tasks"][0]["files"]
+def test_i9_an_interrupted_learner_ends_with_the_same_tensors() -> None:
+    whole = learn(learner_of(joint_config(nb_tasks=2)), range(1))
+    learner = learner_of(joint_config(nb_tasks=2), Watch(stop_at=5))
+    with pytest.raises(Interrupted):
+        learn(learner, range(1))
+    learner = resumed(learner)
+    learner.train()
+    learner.end_task()
+    assert same(learner, whole)
 
 
 @pytest.mark.parametrize("key, value", [("gate", "none"), ("growth_rule", "none"), ("lambda_sparsity", 0.5), ("lrate", 0.5),
                                         ("epochs", 3), ("gate_lr", 0.1)])
 def test_keys_that_do_nothing_are_refused(key: str, value: object, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"'{key}' is .* no effect for model_name 'joint'"):
+    with pytest.raises(UserError, match=f"'{key}' is .* no effect for model_name .joint."):
         trainer.run(joint_config(tmp_path / "run", **{key: value}))
     assert not (tmp_path / "run").exists()
-
-
-def test_inactive_keys_exist() -> None:
-    config = joint_config()
-    for key in LEARNERS["joint"].inactive | GATE_KEYS | GROWTH_KEYS:
-        default_value(config, key)
 
 
 def test_a_single_task_stream_learned_at_once_has_every_metric() -> None:

@@ -27,8 +27,7 @@ from backbone.vit import load_vit
 from models import load_network
 from models.l2p import L2P, PromptedViT, PromptPool
 from tests.fault_runs import ENVIRONMENT
-from tests.helpers import ROOT
-from tests.learners import in_float64, learn, learner_of, test_images
+from tests.helpers import ROOT, in_float64, learn, learner_of, test_images
 from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
 

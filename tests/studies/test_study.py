@@ -22,8 +22,7 @@ from studies import runner as study_runner
 from studies.file import _MARKS
 from studies.study import is_study, load_study
 from studies.study import main as study_command
-from tests.helpers import ROOT
-from tests.learners import SMALL
+from tests.helpers import ROOT, SMALL
 from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, write_sealed_json

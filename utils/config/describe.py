@@ -26,13 +26,17 @@ def config_schema() -> dict[str, Any]:
     """The JSON Schema of a config file: every key of every component, with comment keys and `$schema` allowed."""
     properties: dict[str, Any] = {
         "$schema": {"type": "string", "description": "Where this schema lies, for editors; ignored."}}
-    made = {key: entry for group in [*(group for group, _ in reversed(list(_groups()))), Config]
-            for key, entry in group.model_json_schema()["properties"].items()}
+    made: dict[str, list[dict[str, Any]]] = {}
+    for group in [Config, *(group for group, _ in _groups())]:
+        for key, entry in group.model_json_schema()["properties"].items():
+            made.setdefault(key, []).append(entry)
     for key, field in known_keys().items():
-        entry = {name: value for name, value in made[key].items() if name != "title"}
+        entry = {name: value for name, value in made[key][0].items() if name not in ("title", "const")}
         entry["description"] = _meaning(key, field)
-        if "const" in entry:  # versions of pydantic differ on whether a single choice has an enum too
-            entry["enum"] = [entry.pop("const")]
+        # Versions of pydantic differ on whether a single choice is a const; of several owners each may have its own.
+        options = [option for each in made[key] for option in each.get("enum", [each["const"]] if "const" in each else [])]
+        if options:
+            entry["enum"] = list(dict.fromkeys(options))
         if key in CHOICES:
             entry["enum"] = list(CHOICES[key])
         if entry.get("default", ...) is None:

@@ -74,7 +74,8 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
 
 
 def config_of_record(values: Mapping[str, Any], source: str) -> Config:
-    """The config that a run has saved, of this version or an older one; keys without effect are left out, whatever they hold.
+    """The config that a run has saved, of this version or an older one; keys without effect are left out, whatever they hold,
+    and so are those that can hold a single value here: older versions wrote down what another choice would have had.
 
     Raises UserError.
     """
@@ -82,7 +83,9 @@ def config_of_record(values: Mapping[str, Any], source: str) -> Config:
         kind = config_class(chosen(values))
     except UnknownName as error:
         raise UserError(f"{source}: {error}") from None
-    idle = known_keys().keys() - kind.model_fields.keys()
+    fixed = {key for key, field in kind.model_fields.items()
+             if len(kinds := _kinds(field.annotation)) == 1 == len(_literals(kinds))}
+    idle = known_keys().keys() - kind.model_fields.keys() | fixed
     return config_from_dict({key: value for key, value in values.items() if key not in idle}, source)
 
 

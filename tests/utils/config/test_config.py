@@ -1,22 +1,17 @@
-"""Config values: resolved defaults, SD-LoRA's files, and the sentence for everything that is refused."""
+"""utils/config: resolved defaults, the keys of what a config chooses, SD-LoRA's files, and records of older versions."""
 
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from utils.config import (
-    Config,
-    config_from_dict,
-    config_warnings,
-    load_config,
-    non_default,
-    refuse_inactive,
-)
+from models import LEARNERS
+from models.growth import RULES, KeepAll
+from models.recipes import GATES
+from models.recipes.open import Open
+from utils.config import KeyGroup, config_from_dict, config_of_record, config_warnings, key, known_keys, load_config
+from utils.config.describe import config_schema, config_table
 from utils.errors import UserError
 
 MINIMAL = {"dataset": "digits", "init_cls": 2}
@@ -90,13 +85,12 @@ def write(folder: Path, content: object, name: str = "x.json") -> Path:
     return path
 
 
-def refusal(folder: Path, content: object, *arguments: object, **values: object) -> str:
-    """The message with which a config is refused, the folder taken out."""
+def refusal(values: dict) -> str:
+    """The message with which a config is refused."""
     with pytest.raises(UserError) as caught:
-        load_config(write(folder, content), *arguments, **values)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith((".", "?")) and "pydantic" not in message
-    return message.replace(f"{folder}/", "")
+        config_from_dict(values, "x.json")
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+    return str(caught.value)
 
 
 # Resolved defaults
@@ -129,8 +123,7 @@ def test_defaults_for_sdlora():
         "none",
         10,
     )
-    assert config_from_dict({**MINIMAL, "gate": "none", "growth_rule": "threshold"}).growth_rule == "none"
-    assert config_from_dict({**MINIMAL, "gate": "none", "lambda_sparsity": 0}).lambda_sparsity == 0
+    assert config_from_dict({**MINIMAL, "gate": "none", "growth_rule": "threshold"}).growth_rule == "threshold"
     assert config_from_dict({**MINIMAL, "gate": "none", "init_alpha": 1.5}).init_alpha == 1.5
 
 
@@ -153,12 +146,12 @@ def test_only_what_the_trainer_resolves_stays_null():
     open_keys = {key for key, value in config_from_dict(MINIMAL).model_dump().items() if value is None}
     assert open_keys == {
         "nb_tasks", "task_domains", "backbone_weights", "rank_schedule", "alpha_lr", "gate_lr", "head_lr", "refit_lr",
-        "tuned_epoch", "checkpoint_steps", "ridge_dim", "num_workers"}
+        "tuned_epoch", "checkpoint_steps", "num_workers", "max_grad_norm", "row_epochs"}
 
 
 def test_null_is_the_default(tmp_path):
     derived = {
-        key: None for key in ("increment", "rank", "growth_rule", "init_alpha", "filepath", "num_workers")
+        key: None for key in ("increment", "rank", "filepath", "num_workers", "gate_lr")
     }
     path = write(tmp_path, {**MINIMAL, **derived})
     assert load_config(path) == load_config(write(tmp_path, MINIMAL))
@@ -238,25 +231,88 @@ def test_a_config_cannot_be_changed():
     assert config.rank == 10
 
 
-# Keys that a method does not use
+# Components own their keys
 
 
-def test_non_default_lists_what_was_changed():
-    config = config_from_dict(
-        {**MINIMAL, "increment": 2, "rank": 4, "gate": "none", "init_alpha": 0.8, "momentum": 0.9}
-    )
-    assert non_default(config) == {"dataset": "digits", "init_cls": 2, "rank": 4, "gate": "none"}
-    reloaded = config_from_dict(config.model_dump())
-    assert set(non_default(reloaded)) - {"filepath"} == set(non_default(config))
+class ToyGate(Open):
+    """A gate of the test. With more to say than its first sentence."""
+
+    class Keys(Open.Keys):
+        """A toy"""
+
+        toy_strength: float = key(2.0, "What the toy does.", ge=0)
 
 
-def test_a_key_without_effect_is_refused_unless_default():
-    config = config_from_dict({**MINIMAL, "increment": 5, "lambda_sparsity": 0.5, "gumbel_tau_init": 5.0})
-    refuse_inactive(config, "simplecil", ["gumbel_tau_init", "rank", "init_alpha", "growth_rule"])
-    with pytest.raises(UserError, match=r"'lambda_sparsity' is 0\.5.*'simplecil'.*default, 0\.01"):
-        refuse_inactive(config, "simplecil", ["rank", "lambda_sparsity"])
-    with pytest.raises(UserError, match=r"'increment' is 5.*default, 2\."):
-        refuse_inactive(config, "joint", ["increment"])
+class ToyRule(KeepAll):
+    """A rule of the test."""
+
+    name = "toy_rule"
+
+    class Keys(KeyGroup):
+        """A toy rule"""
+
+        toy_margin: int = key(3, "How much.", ge=1)
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GATES, "toy", ToyGate)
+    monkeypatch.setitem(RULES, "toy_rule", ToyRule)
+
+
+def test_a_component_brings_its_keys_wherever_keys_are_known(toys) -> None:
+    config = config_from_dict({**MINIMAL, "gate": "toy", "toy_strength": 0.5, "growth_rule": "toy_rule", "toy_margin": 1})
+    assert (config.toy_strength, config.toy_margin) == (0.5, 1) and config_from_dict(config.model_dump()) == config
+    assert config_from_dict({**MINIMAL, "gate": "toy"}).toy_strength == 2.0
+    table = config_table()
+    assert "### A toy\n\nWith `gate` `\"toy\"`.\n" in table
+    assert "| `toy_strength` | a number of at least 0 | `2.0` | What the toy does. |" in table
+    assert '`"toy"`: A gate of the test. With more' in table and '"toy_rule"' in table
+    schema = config_schema()["properties"]
+    assert schema["toy_strength"] == {"default": 2.0, "minimum": 0, "type": "number", "description": "What the toy does."}
+    assert "toy" in schema["gate"]["enum"] and "toy_rule" in schema["growth_rule"]["enum"]
+
+
+def test_its_keys_are_refused_where_it_is_not_chosen(toys) -> None:
+    message = refusal({**MINIMAL, "toy_strength": 0.5})
+    assert message == ("x.json: 'toy_strength' is 0.5, but it has no effect for gate \"gumbel_sparsemax\"; leave it out or "
+                       "give its default, 2.0.")
+    assert config_from_dict({**MINIMAL, "toy_strength": 2}) == config_from_dict(MINIMAL), "a default asks for nothing"
+    assert "Did you mean 'toy_strength'?" in refusal({**MINIMAL, "gate": "toy", "toy_strenght": 1})
+    assert "for model_name \"simplecil\"" in refusal({**MINIMAL, "model_name": "simplecil", "toy_strength": 1})
+    assert config_from_dict({**MINIMAL, "toy_margin": 5}).toy_margin == 5, "keys of any rule may wait for it"
+    message = refusal({**MINIMAL, "gate": "toy", "toy_strength": -1})
+    assert message == "x.json: 'toy_strength' is -1; it must be a number of at least 0."
+
+
+def test_a_component_that_is_gone_is_unknown() -> None:
+    assert "'gate' is \"toy\"; it must be one of" in refusal({**MINIMAL, "gate": "toy"})
+    assert "'toy_strength' is not a key of the config" in refusal({**MINIMAL, "toy_strength": 1})
+
+
+@pytest.mark.parametrize("name, value, choice", [
+    ("lambda_sparsity", 0.5, {"gate": "none"}), ("gate_noise", 0.5, {"gate": "sparsemax"}), ("gate_price", 2.0, {}),
+    ("gumbel_tau_init", 4.0, {"gate": "evidence"}), ("cosine_scale", 2.0, {"head": "linear"}),
+    ("ridge_dim", 8, {"head": "aligned"}), ("gate", "none", {"model_name": "joint"}),
+    ("epochs", 3, {"model_name": "joint"}), ("rank", 3, {"model_name": "finetune_head"}),
+    ("init_lr", 0.5, {"model_name": "simplecil"}), ("head", "ridge", {"model_name": "simplecil"})])
+def test_a_key_without_effect_is_refused_unless_it_asks_for_nothing(name: str, value: object, choice: dict) -> None:
+    message = refusal({**MINIMAL, **choice, name: value})
+    assert f"'{name}' is {json.dumps(value)}, but it has no effect for" in message
+    assert all(f'"{chosen}"' in message for chosen in choice.values())
+    for nothing in (None, known_keys()[name].default):
+        config_from_dict({**MINIMAL, **choice, name: nothing})
+    config_from_dict({**MINIMAL, "gate": "none", "lambda_sparsity": 0})
+
+
+def test_a_record_of_an_older_version_has_every_key_and_is_read() -> None:
+    everything = {name: field.default for name, field in known_keys().items()}
+    for choice in ({"gate": gate} for gate in GATES), ({"model_name": name} for name in LEARNERS):
+        for values in choice:
+            config = config_of_record({**everything, **MINIMAL, "alpha_scope": "layer", "lambda_sparsity": 0.7, **values}, "x")
+            assert getattr(config, next(iter(values))) == next(iter(values.values()))
+    with pytest.raises(UserError, match="x: 'gate' is \"lost\"; it must be one of"):
+        config_of_record({**MINIMAL, "gate": "lost"}, "x")
 
 
 # Files of SD-LoRA
@@ -266,8 +322,8 @@ def test_a_key_without_effect_is_refused_unless_default():
 def test_official_files_load_as_they_are(name, tmp_path):
     values = OFFICIAL_FILES[name]
     config = load_config(write(tmp_path, values))
-    for key, value in values.items():
-        assert getattr(config, key) == value
+    for known, value in values.items():
+        assert getattr(config, known) == value
     ignored = {
         "memory_size",
         "memory_per_class",
@@ -275,14 +331,14 @@ def test_official_files_load_as_they_are(name, tmp_path):
         "optimizer",
         "scheduler",
         "min_lr",
-        "tuned_epoch", "checkpoint_steps",
+        "tuned_epoch",
     }
     ignored = (ignored | {"weight_decay", "init_weight_decay"}) & set(values)
     (warning,) = config_warnings(config)
     listed = warning.split(". It always")[0]
-    for key in {*Config.model_fields, "min_lr", "scheduler"}:
+    for each in known_keys():
         words = listed.replace(",", " ").replace(":", " ").split()
-        assert (key in words) == (key in ignored), key
+        assert (each in words) == (each in ignored), each
 
 
 def test_files_of_this_project_get_no_warning():
@@ -292,71 +348,3 @@ def test_files_of_this_project_get_no_warning():
     assert "optimizer, tuned_epoch, weight_decay, init_weight_decay (honoured here)" in warning
     (warning,) = config_warnings(config_from_dict({**MINIMAL, "memory_size": 0}))
     assert "memory_size (no meaning here" in warning and "honoured" not in warning
-
-
-# Anything at all is a config or one sentence
-
-_SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(
-        ["none", "auto", "cpu", "0", "1e3", "[1]", "NaN", "adam", "steplr", "topk", "kd", 0.5, 1, 0]
-    ),
-)
-_VALUES = st.recursive(
-    _SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-)
-_KEYS = st.sampled_from(sorted(Config.model_fields))
-
-
-def loads_or_refuses(content: bytes, overrides: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), content)
-        try:
-            config = load_config(path, overrides)
-        except UserError as error:
-            message = str(error).replace(folder, "")
-            assert message and len(message.splitlines()) == 1 and len(message) < 400
-        else:
-            assert config_from_dict(config.model_dump(mode="json")) == config
-            assert len(config_warnings(config)) <= 1
-
-
-_MUTATIONS = st.one_of(
-    st.tuples(st.just("change"), _KEYS, st.sampled_from([1, 5, 0.5, True, "none", [1, 2], None])),
-    st.tuples(st.just("change"), _KEYS, _VALUES),
-    st.tuples(st.just("change"), st.text(max_size=10), _SCALARS),
-    st.tuples(st.just("drop"), _KEYS, st.none()),
-    st.tuples(st.just("set"), _KEYS, _SCALARS),
-    st.tuples(st.just("set"), st.text(max_size=10), _SCALARS),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(base=st.sampled_from(SAMPLES), mutations=st.lists(_MUTATIONS, max_size=2))
-def test_mutated_values_load_or_are_refused(base, mutations):
-    values, overrides = dict(base), []
-    for kind, key, value in mutations:
-        if kind == "change":
-            values[key] = value
-        elif kind == "drop":
-            values.pop(key, None)
-        else:
-            overrides.append(f"{key}={value}")
-    loads_or_refuses(json.dumps(values).encode(), overrides)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    at=st.integers(0, 5000),
-    cut=st.integers(0, 3),
-    put=st.binary(max_size=2) | st.sampled_from([b'"', b"}", b"//", b","]),
-)
-def test_mutated_text_loads_or_is_refused(at, cut, put):
-    text = json.dumps(SAMPLES[5], indent=1).encode()
-    loads_or_refuses(text[: at % len(text)] + put + text[at % len(text) + cut :], [])

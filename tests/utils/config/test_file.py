@@ -1,4 +1,4 @@
-"""Reading config files and `--set`: comments, mistakes with their place, and what wins over what."""
+"""utils/config/file.py: reading config files and `--set`: comments, mistakes with their place, and what wins over what."""
 
 import json
 from pathlib import Path

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from main import main
-from tests.helpers import ROOT
-from tests.learners import SMALL
+from tests.helpers import ROOT, SMALL
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in PLACES},

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from main import main, parse
-from tests.helpers import ROOT
-from tests.learners import SMALL
+from tests.helpers import ROOT, SMALL
 from utils.errors import UserError
 from utils.runs import processes as launch
 from utils.runs.distributed import add_up, gathered, in_turn, largest, on_main

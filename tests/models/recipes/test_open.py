@@ -1,13 +1,18 @@
-"""The SD-LoRA baseline against a few lines of plain tensor code that follow METHOD.md, section 4."""
+"""models/recipes/open.py: SD-LoRA against a few lines of plain tensor code that follow METHOD.md, section 4."""
 
+import math
+
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.embedded import EMBEDDED
-from tests.learners import learner_of, small_config, test_images
+from tests.helpers import grown, learner_of, small_config, test_images
 from utils.rng import generator
+
+CONFIG = {"gate": "none", "scheduler": "constant", "init_lr": 0.02, "lrate": 0.02}
 
 
 class PlainSDLoRA:
@@ -31,16 +36,17 @@ class PlainSDLoRA:
             q, v = q + parts[0], v + parts[1]
         return torch.cat([q, k, v], -1)
 
-    def learn(self, A: Tensor, head: tuple[Tensor, Tensor], batches, start: int, lr: float) -> None:
-        B = torch.zeros(*A.shape[:2], A.shape[3], A.shape[2])
-        self.adapters.append((nn.Parameter(A.clone()), nn.Parameter(B)))
+    def learn(self, task: int, batches, classes: int = 2, rank: int = 4, lr: float = 0.02) -> None:
+        width = self.vit.num_features
+        A, rows = ((2 * torch.rand(*shape, generator=generator(1993, name, task)) - 1) * bound for name, shape, bound in (
+            ("adapter", (6, 2, rank, width), 1 / math.sqrt(width)), ("head", (classes, width), math.sqrt(3 / width))))
+        self.adapters.append((nn.Parameter(A), nn.Parameter(torch.zeros(6, 2, width, rank))))
         self.alphas = [nn.Parameter(torch.tensor(0.8)) for _ in self.adapters]
-        self.heads.append(tuple(nn.Parameter(part.clone()) for part in head))
-        parameters = [*self.adapters[-1], *self.alphas, *self.heads[-1]]
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+        self.heads.append((nn.Parameter(rows), nn.Parameter(torch.zeros(classes))))
+        optimizer = torch.optim.SGD([*self.adapters[-1], *self.alphas, *self.heads[-1]], lr=lr, momentum=0.9)
         for images, labels in batches:
             optimizer.zero_grad()
-            F.cross_entropy(F.linear(self.vit(images), *self.heads[-1]), labels - start).backward()
+            F.cross_entropy(F.linear(self.vit(images), *self.heads[-1]), labels - classes * task).backward()
             optimizer.step()
         self.adapters[-1] = tuple(part.detach() for part in self.adapters[-1])
 
@@ -51,30 +57,25 @@ class PlainSDLoRA:
 
 
 def test_three_tasks_of_training_give_the_same_logits() -> None:
-    config = small_config(gate="none", gate_lr=None, scheduler="constant", rank=4, init_lr=0.02, lrate=0.02)
-    learner, plain = learner_of(config), PlainSDLoRA()
+    learner, plain = learner_of(small_config(**CONFIG)), PlainSDLoRA()
     images = test_images(learner)
     frozen = plain.vit(images)
     for task in range(3):
         learner.begin_task(task)
-        A = learner.bank.new_A.detach()
-        head = (learner.head.new_weight.detach(), learner.head.new_bias.detach())
-        plain.learn(A, head, learner.data.train_batches(task, 0, config.batch_size), 2 * task, 0.02)
+        plain.learn(task, learner.data.train_batches(task, 0, 32))
         learner.train()
         assert not torch.allclose(plain.vit(images), frozen, atol=1e-4), "the adapters must matter"
-        trained = learner.bank.new_B.detach().clone()
-        assert torch.allclose(trained, plain.adapters[-1][1], atol=2e-5)
+        assert torch.allclose(learner.bank.new_B, plain.adapters[-1][1], atol=2e-5)
         learner.end_task()
         learner.start_evaluation()
         assert torch.allclose(learner.predict(images), plain.logits(images), atol=2e-3, rtol=1e-3), f"task {task}"
         assert torch.allclose(learner.bank.alpha.detach(), torch.stack([a.detach() for a in plain.alphas]), atol=1e-4)
 
 
-def test_magnitudes_start_at_the_published_value() -> None:
-    learner = learner_of(small_config(gate="none", gate_lr=None))
-    learner.begin_task(0)
-    assert learner.bank.alpha.tolist() == [torch.tensor(0.8).item()]
-    bound = learner.bank.new_A.abs().max()
-    assert 0 < bound <= 1 / 128**0.5 and learner.bank.new_B.abs().max() == 0
-    again = (torch.rand(6, 2, 4, 128, generator=generator(1993, "adapter", 0)) * 2 - 1) / 128**0.5
-    assert torch.allclose(learner.bank.new_A, again)
+def test_magnitudes_start_at_the_published_value_in_every_task() -> None:
+    learner = grown(learner_of(small_config(**CONFIG)), range(1))
+    with torch.no_grad():
+        learner.bank.alpha.fill_(0.3)
+    learner.begin_task(1)
+    assert learner.bank.alpha.tolist() == pytest.approx([0.8, 0.8]) and learner.gate().tolist() == [1, 1]
+    assert learner.before_step(0) is None and learner.gate_weights() is None

@@ -1,11 +1,10 @@
-"""Gate "evidence": what it decides and when, the invariants of whole tasks under it, and what it leaves on disk.
+"""models/recipes/evidence.py: what it decides and when, the invariants of whole tasks under it, and what it leaves on disk.
 
 The stream: digits light on dark (task 0), as they are (task 1), and light on dark again (task 2). The right answer is keep,
 keep, drop.
 """
 
 import copy
-import io
 import json
 import logging
 import math
@@ -19,36 +18,21 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 import trainer
-from backbone.gates import EvidenceGate
+from backbone.gates import EqualGate
 from models import load_network
 from models.base import BaseLearner
-from tests.learners import in_float64, learn, learner_of, small_config, test_images
-from utils.config import config_warnings
+from tests.helpers import Interrupted, Watch, in_float64, learn, learner_of, logits, resumed, same, small_config, test_images
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, count_predictions, kept_set
 from utils.runs.progress import LOGGER
 
-STREAM = {"gate": "evidence", "gate_lr": None, "growth_threshold": 0.5, "init_cls": 4, "increment": 3, "batch_size": 64,
+STREAM = {"gate": "evidence", "growth_threshold": 0.5, "init_cls": 4, "increment": 3, "batch_size": 64,
           "task_domains": ["negative", "plain", "negative"], "head_lr": 0.02, "refit_lr": 0.02, "eval_every": 0}
 KEPT = [True, True, False]
 
 
 def config_of(folder: Path | str = "./unused/", **changes):
     return small_config(folder, **{**STREAM, **changes})
-
-
-def logits(learner: BaseLearner) -> Tensor:
-    learner.start_evaluation()
-    return learner.predict(test_images(learner).to(learner.head.weight.dtype))
-
-
-def everything(learner: BaseLearner) -> list[Tensor]:
-    return [*learner.stored_tensors(), *learner.head.to_file().values(), learner.gate.logits, learner.decision_beta]
-
-
-def same(mine: BaseLearner, theirs: BaseLearner) -> bool:
-    pairs = zip(everything(mine), everything(theirs), strict=True)
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
@@ -86,48 +70,45 @@ def run(tmp_path_factory) -> trainer.Run:
     return finished
 
 
-# ---- the gate by itself
+# ---- the decision
+
+
+def decided(monkeypatch: pytest.MonkeyPatch, shifts: dict[int, float], **changes) -> Tensor:
+    """The gate weights that a decision reads when the new images are so far from those of older adapters."""
+    learner = learner_of(config_of(growth_rule="none", nb_tasks=3, **changes))
+    statistics = torch.zeros(3, 18 * 128, dtype=torch.float64)
+    monkeypatch.setattr(type(learner.recipe), "_class_statistics", lambda recipe: statistics)
+    for task in range(len(shifts) + 1):
+        monkeypatch.setattr(learner.recipe.keys, "shifts", lambda new, task=task: {t: shifts[t] for t in range(task)})
+        learner.begin_task(task)
+        if task < len(shifts):
+            learner.bank.commit()
+            learner.head.commit()
+    return learner.decision_beta
 
 
 @pytest.mark.parametrize("tau", [0.5, 2.0])
-def test_one_old_adapter_weighs_what_the_logarithms_say(tau: float) -> None:
-    gate, price = EvidenceGate(), 3.0
-    gate.set_temperature(tau)
-    for shift in (1e-30, 0.5, 1.0, 2.9, 3.0, 3.1, 4.0, 60.0, 1e30):
-        gate.weigh([shift], price)
-        newcomer = min(max(0.5 + (math.log(shift) - math.log(price)) / (2 * tau), 0), 1)
-        assert gate.decide().tolist() == pytest.approx([1 - newcomer, newcomer], abs=1e-5)
-    gate.weigh([price], price)
-    assert gate.decide().tolist() == [0.5, 0.5], "the price is where the two weigh the same"
-    gate.weigh([price * math.exp(tau) * 1.001], price)
-    assert gate.decide().tolist() == [0.0, 1.0], "and a factor of exp(tau) beyond it the old one weighs nothing"
+def test_one_old_adapter_weighs_what_the_logarithms_say(tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shift in (1e-30, 2.9, 3.0, 3.1, 1e30):
+        newcomer = min(max(0.5 + (math.log(shift) - math.log(3.0)) / (2 * tau), 0), 1)
+        beta = decided(monkeypatch, {0: shift}, gumbel_tau_final=tau)
+        assert beta.tolist() == pytest.approx([1 - newcomer, newcomer], abs=1e-5)
 
 
-def sparsemax_reference(z: np.ndarray) -> np.ndarray:
+def test_several_old_adapters_share_by_sparsemax_of_minus_the_logarithm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The projection onto the simplex by its threshold, found by a root search."""
-    threshold = brentq(lambda t: np.maximum(z - t, 0).sum() - 1, z.min() - 1, z.max(), xtol=1e-14)
-    return np.maximum(z - threshold, 0)
-
-
-def test_several_old_adapters_share_by_sparsemax_of_minus_the_logarithm() -> None:
-    gate = EvidenceGate()
-    gate.set_temperature(0.5)
-    for shifts in ([1.0, 1.0, 90.0], [2.0, 5.0, 2.5, 40.0], [0.0, 7.0], []):
-        gate.weigh(shifts, 3.0)
-        ratios = np.maximum([*shifts, 3.0], np.finfo(np.float32).tiny)
-        assert np.allclose(gate.decide(), sparsemax_reference(-np.log(ratios) / 0.5), atol=1e-6)
-        assert gate.decide().sum().item() == pytest.approx(1) and not gate.decide().requires_grad
+    for shifts in ({0: 2.0, 1: 2.5}, {0: 0.0, 1: 7.0}, {0: 1.0, 1: 90.0}):
+        z = -np.log(np.maximum([*shifts.values(), 3.0], np.finfo(np.float32).tiny)) / 0.5
+        threshold = brentq(lambda t, z=z: np.maximum(z - t, 0).sum() - 1, z.min() - 1, z.max(), xtol=1e-14)
+        assert np.allclose(decided(monkeypatch, shifts), np.maximum(z - threshold, 0), atol=1e-6)
 
 
 def test_what_is_in_use_enters_whole_however_many_there_are() -> None:
-    gate = EvidenceGate()
+    gate = EqualGate()
     for count in range(1, 60):
         gate.replace(torch.arange(float(count)))
         assert torch.allclose(gate.scale * gate(), torch.ones(count)) and gate().sum().item() == pytest.approx(1)
         assert not gate.logits.requires_grad and not gate().requires_grad
-
-
-# ---- the decision
 
 
 def decisions(learner: BaseLearner) -> tuple[list[bool], list[Tensor]]:
@@ -145,17 +126,18 @@ def test_it_keeps_where_a_domain_is_new_and_drops_where_it_returns(whole: tuple)
     learner, _ = whole
     assert learner.bank.tasks == [0, 1] and learner.pruning_mask().tolist() == [1, 1, 0] and learner.pruned == {2}
     assert learner.decision_beta.tolist() == [1.0, 0.0, 0.0], "task 2 is what task 0 was"
-    assert {task: key.classes for task, key in learner.keys.of.items()} == {0: 4 + 3, 1: 3}
+    assert {task: key.classes for task, key in learner.recipe.keys.of.items()} == {0: 4 + 3, 1: 3}
 
 
+@pytest.mark.slow
 def test_the_decision_does_not_follow_how_one_trains(whole: tuple) -> None:
     other = {"init_epoch": 2, "epochs": 2, "batch_size": 100, "init_lr": 0.05, "lrate": 0.002, "head_lr": 0.1, "refit_lr": 0.1,
              "optimizer": "adam", "rank": 2}
     learner = learner_of(config_of(**other))
     kept, weights = decisions(learner)
     assert kept == KEPT and torch.allclose(weights[-1], whole[0].decision_beta, atol=1e-5)
-    assert [key.classes for key in learner.keys.of.values()] == [7, 3]
-    for mine, theirs in zip(learner.keys.tensors(), whole[0].keys.tensors(), strict=True):
+    assert [key.classes for key in learner.recipe.keys.of.values()] == [7, 3]
+    for mine, theirs in zip(learner.recipe.keys.tensors(), whole[0].recipe.keys.tensors(), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6), "what is remembered is the frozen network's"
 
 
@@ -207,22 +189,15 @@ def test_the_rows_of_a_kept_task_are_fitted_anew_and_no_others(before: Callable[
     assert not torch.allclose(learner.head.weight[4:], rows, atol=1e-3)
 
 
-def test_i5_a_task_without_adapter_trains_its_rows_and_nothing_else(before: Callable[[int], BaseLearner]) -> None:
+def test_i5_a_task_without_adapter_fits_its_rows_and_trains_nothing(before: Callable[[int], BaseLearner]) -> None:
     learner = before(2)
     bank, features = learner.bank.snapshot(), learner.embed(test_images(learner))
     learner.begin_task(2)
     assert learner.bank.new_A is None and learner.bank.tasks == [0, 1]
     assert not learner.head.new_weight.any() and not learner.head.new_bias.any(), "rows of a fixed network start alike"
     assert learner.trainable_parameters() == 3 * 129
-    assert [id(p) for p in learner.optimizer().param_groups[0]["params"]] == list(map(id, learner.head.trainable()))
-    images, labels = next(learner.data.train_batches(2, 0, 32))
-    assert learner.before_step(0) is None
-    learner._accumulate(images, labels, None)
-    assert all(p.grad is None for p in [*learner.bank.parameters(), *learner.backbone.parameters()])
-    assert all(p.grad.any() for p in learner.head.trainable())
-    for p in learner.head.trainable():
-        p.grad = None
     learner.train()
+    assert learner.steps_done() == 0
     report = learner.end_task()
     assert not report.kept and report.active_adapters == 2 and report.pruning_mask == [1, 1, 0]
     assert learner.head.weight[7:].any()
@@ -243,54 +218,30 @@ def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Call
 
 
 def test_i8_evaluating_changes_no_result(whole: tuple) -> None:
-    learner, evaluations = learner_of(config_of(eval_every=1)), []
-    session = Alone()
-    session.evaluate = lambda: evaluations.append(logits(learner).shape[1]) or 0.0
-    for task in range(3):
-        learner.begin_task(task)
-        learner.train(session)
-        learner.end_task()
-    assert evaluations == [4, 7, 10] and same(learner, whole[0])
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Stopping(Alone):
-    """A session that ends after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def after_step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Interrupted
-
-
-def resumed(learner: BaseLearner) -> BaseLearner:
-    file = io.BytesIO()
-    torch.save(learner.state(), file)
-    again = learner_of(learner.config)
-    again.load_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
-    return again
+    session = Watch()
+    learner = learn(learner_of(config_of(eval_every=1), session), range(3))
+    assert session.evaluated == [4, 7] and same(learner, whole[0])
 
 
 def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> None:
     learner = learner_of(config_of())
     for task in range(3):  # tasks 0 and 1 with an adapter, task 2 without
         learner.begin_task(task)
-        with pytest.raises(Interrupted):
-            learner.train(Stopping(3))
+        learner.session = Watch(stop_at=3)
+        if KEPT[task]:  # within its steps, else within the fit of its rows
+            with pytest.raises(Interrupted):
+                learner.train()
+            assert learner.steps_done() == 3
+        else:
+            with pytest.raises(Interrupted):
+                learner.end_task()
         learner = resumed(learner)
-        assert learner.steps_done() == 3 and (learner.bank.current == task) is KEPT[task]
+        assert (learner.bank.current == task) is KEPT[task]
         learner.train()
         learner = resumed(learner)
         learner.end_task()
         learner = resumed(learner)
     assert same(learner, whole[0])
-    assert torch.equal(logits(learner), logits(whole[0]))
 
 
 # ---- what is left behind
@@ -350,6 +301,7 @@ def test_log_lines_say_what_was_decided(run: trainer.Run) -> None:
 # ---- with other parts, and what is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"head": "cosine"}, {"head": "ridge", "ridge_dim": 48},
                                      {"head": "aligned", "align_epochs": 1, "align_samples": 16}, {"precision": "bf16"},
                                      {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002}],
@@ -362,20 +314,11 @@ def test_it_works_with_every_head_and_precision(changes: dict) -> None:
     assert torch.cat(right).float().mean() > 2 / 7, "twice as often as by chance"
 
 
-@pytest.mark.parametrize(("changes", "keys"), [
-    ({"growth_rule": "topk"}, ("growth_rule", "gate")), ({"growth_rule": "val_loss"}, ("growth_rule", "gate")),
-    ({"growth_rule": "kd"}, ("growth_rule", "gate")),
-    ({"gate": "sparsemax", "gate_price": 2.0}, ("gate_price", "gate")),
-    ({"gate": "none", "gate_price": 2.0}, ("gate_price", "gate")),
-])
-def test_contradictions_name_their_keys(changes: dict, keys: tuple[str, ...]) -> None:
-    with pytest.raises(UserError) as caught:
-        config_of(**changes)
-    assert all(f"'{key}'" in str(caught.value) for key in keys) and "\n" not in str(caught.value)
-
-
-def test_keys_of_a_trained_gate_are_named_in_one_warning() -> None:
-    unused = {"gate_lr": 0.1, "lambda_sparsity": 0.5, "alpha_lr": 0.1, "gate_noise": 0.0}
-    warnings = config_warnings(config_of(**unused))
-    assert len(warnings) == 1 and all(key in warnings[0] for key in unused) and "gumbel_tau" not in warnings[0]
-    assert config_warnings(config_of()) == [] and config_warnings(config_of(gumbel_tau_final=0.3)) == []
+def test_keys_of_a_trained_gate_are_refused() -> None:
+    for key, value in (("gate_lr", 0.1), ("lambda_sparsity", 0.5), ("alpha_lr", 0.1), ("gate_noise", 0.0),
+                       ("refit_epochs", 1), ("alpha_scope", "task")):
+        with pytest.raises(UserError, match=f"'{key}' is "):
+            config_of(**{key: value})
+    for gate in ("sparsemax", "none"):
+        with pytest.raises(UserError, match=f"'gate_price' is 2.0, but it has no effect for gate \"{gate}\""):
+            small_config(gate=gate, gate_price=2.0)

@@ -1,0 +1,173 @@
+"""A rehearsal on a device that is not there: tensors on "cuda" that have shapes and no values.
+
+Under FakeTensorMode an operation on tensors of two devices raises, and so does whatever needs a value to go on: on a GPU the
+one fails and the other waits for the device. Values may be looked at between the parts of a task, where something is decided
+or said, and not from one optimizer step to the next, nor from one batch to the next of any pass over images.
+
+There is no autograd engine for such tensors: backward and update stand still, `GatedLinear.backward` is called by hand.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError, FakeTensorMode
+
+from backbone.gated_linear import GatedLinear
+from backbone.heads import HEADS
+from models import BaseLearner
+from models.recipes import GATES
+from models.training import Meter
+from tests.helpers import Watch, grown, learn, learner_of, small_config
+from utils.results.metrics import TaskCounts, tally_predictions
+
+CUDA = torch.device("cuda")
+_READ = torch.ops.aten._local_scalar_dense.default
+_DECIDES = "ridge_lambda"  # no pass over images, and chosen by what comes out
+
+
+class Rehearsal(FakeTensorMode):
+    """Counts the values that are looked at on the device; each is `answer` if it is a truth, else a small number."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.answer, self.reads = answer, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is not _READ:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.reads += args[0].device.type == "cuda"
+        kind = args[0].dtype
+        if kind.is_floating_point:
+            return 100.0 if self.answer else 0.5
+        return {torch.bool: self.answer, torch.int32: 0}.get(kind, 2)  # linear algebra went well; classes of a task
+
+
+class Delimited(Watch):
+    """A session that notes how often the device was read from one step or part of a pass to the next."""
+
+    def __init__(self, mode: Rehearsal) -> None:
+        super().__init__()
+        self.mode, self.before, self.waits = mode, 0, []
+
+    def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
+        again = self.calls and self.calls[-1] == title and (done > 0 or title == "step") and _DECIDES not in title
+        if again and self.mode.reads > self.before:
+            self.waits.append(title)
+        self.calls.append(title)
+        self.before = self.mode.reads
+
+    def evaluate(self) -> float:
+        evaluated(self.learner)
+        return 0.0
+
+
+def evaluated(learner: BaseLearner) -> None:
+    """As the trainer evaluates: one read at the end."""
+    seen = range(learner.data.seen_classes(learner.task))
+    tasks = int(learner.data.task_of_class[seen[-1]]) + 1
+    task_of_class = torch.as_tensor(learner.data.task_of_class).to(CUDA)
+    tally = torch.zeros(len(TaskCounts.__dataclass_fields__), tasks, dtype=torch.long, device=CUDA)
+    learner.start_evaluation()
+    before = learner.session.mode.reads
+    for images, labels in learner.data.eval_batches("test", seen, 150):
+        tally += tally_predictions(learner.predict(images), labels, task_of_class, tasks)
+    assert learner.session.mode.reads == before
+
+
+def moved(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
+
+def on_cuda(learner: BaseLearner) -> BaseLearner:
+    """The learner as it would be on a GPU; called under a Rehearsal."""
+    recipe = getattr(learner, "recipe", None)
+    parts = [part for part in vars(recipe or learner).values() if isinstance(part, nn.Module)]
+    for module in [learner.backbone, *learner.modules(), *parts]:
+        for part in module.modules():
+            for name, tensor in part._parameters.items():
+                if tensor is not None:
+                    part._parameters[name] = nn.Parameter(moved(tensor), tensor.requires_grad)
+            part._buffers.update({name: moved(tensor) for name, tensor in part._buffers.items() if tensor is not None})
+    for source in learner.data._sources.values():
+        source.images, source.device = moved(source.images), CUDA
+    learner.device = learner.data.device = CUDA
+    if recipe is not None:
+        recipe.load_state(recipe.state())  # what it keeps besides modules goes where the learner is
+    learner.data._mean_std = learner.data._mean_std and [moved(part) for part in learner.data._mean_std]
+    return learner
+
+
+def hold_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward gives every leaf of the graph a gradient, and no optimizer moves anything."""
+
+    def backward(tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
+        assert tensor.requires_grad and tensor.device.type == "cuda"
+        nodes, seen = [tensor.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                node.variable.grad = torch.empty_like(node.variable)
+            nodes += [following for following, _ in node.next_functions]
+
+    monkeypatch.setattr(Tensor, "backward", backward)
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        monkeypatch.setattr(kind, "step", lambda optimizer: None)
+    monkeypatch.setattr(Meter, "first_bad", lambda meter: None)
+
+
+_HEADS = {"linear": {}, "cosine": {}, "aligned": {"align_epochs": 2, "align_samples": 8}, "ridge": {"ridge_dim": 16}}
+# Routed inference reads once per batch which networks its images need; all else of it is rehearsed.
+_CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_every": 0}] + [
+    {"head": head, **_HEADS[head], **method} for head in HEADS for method in ({}, {"model_name": "finetune_head"})] + [
+    {"model_name": "simplecil"},
+    {"growth_rule": "val_loss", "val_fraction": 0.2}, {"growth_rule": "topk"}, {"gate": "none", "growth_rule": "kd"},
+    {"grad_accum": 3}, {"precision": "bf16"}, {"normalize": "backbone"}]
+
+
+@pytest.mark.parametrize("changes, answer", [
+    pytest.param(changes, answer, id=",".join(map(str, [*changes.values(), "kept" if answer else "dropped"])))
+    for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule", "inference"} & changes.keys() else [True])])
+def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(small_config(batch_size=150, **changes))
+    if hasattr(learner, "recipe"):
+        grown(learner, range(1))
+    orders = [learner.data._shuffled(1, epoch) for epoch in range(4)]
+    monkeypatch.setattr(learner.data, "_shuffled", lambda task, epoch: orders[epoch])  # drawn on the host, with values
+    hold_still(monkeypatch)
+    with Rehearsal(answer) as mode:
+        session = learner.session = Delimited(mode)
+        session.learner = on_cuda(learner)
+        learn(learner, range(1, 2))
+        decided = ["step"] if "inference" in changes else []  # the routed gate decides once, between two steps
+        assert session.calls and session.waits in ([], decided)
+
+
+def test_gradients_of_the_projection_stay_on_the_device() -> None:
+    with Rehearsal(True) as mode:
+        for stored in (2, 9):
+            sizes = [(2, stored), (2, stored, 8), (2, 8, stored), (2,), (2, 3, 8), (2, 8, 3)]
+            tensors = [torch.empty(size, device=CUDA) for size in [(4, 5, 8), (24, 8), *sizes]]
+            for trained in (True, False):
+                needs = (True, False, False, trained, False, False, True, True, True)
+                context = SimpleNamespace(saved_tensors=tensors, needs_input_grad=needs)
+                found = GatedLinear.backward(context, torch.empty(4, 5, 24, device=CUDA))
+                assert all(gradient.device.type == "cuda" for gradient in found if gradient is not None)
+        assert mode.reads == 0
+
+
+def test_the_rehearsal_sees_what_it_looks_for() -> None:
+    with Rehearsal(True) as mode:
+        there = torch.empty(3, device=CUDA)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            there + torch.empty(3)
+        with pytest.raises(DynamicOutputShapeException):
+            there[there > 0]
+        there.tolist()
+        bool(there.sum() > 0)
+        assert mode.reads == 4
