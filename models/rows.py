@@ -95,8 +95,8 @@ class RowFit:
         """Features `[n, d]` of one view, in the order of its batches."""
         learner, size = self.learner, self.learner.config.batch_size
         data, task, (number, parts) = learner.data, learner.task, distributed.part()
-        steps, features = data.steps_per_epoch(task, size), None
-        features = torch.zeros(data.train_size(task), learner.backbone.width, device=learner.device)
+        steps = data.steps_per_epoch(task, size)
+        features = learner.head.weight.new_zeros(data.train_size(task), learner.backbone.width)
         batches = data.train_batches(task, self._epoch_number(view), size, part=(number, parts))
         for batch, (images, labels) in enumerate(batches):
             learner.work("features for the row fit", view * steps + batch, self.views * steps, whole)

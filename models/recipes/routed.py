@@ -143,8 +143,8 @@ class Routed(GumbelSparsemax):
         kept = task in self._decision.keep
         self.keys.learn(task, self._new, None if kept else self._nearest)
         if not kept:
-            LOGGER.info(f"Task {task}: its adapter is refused at step {learner.steps_done()} and trained no further; its images "
-                        f"join the key of task {self._nearest}")
+            LOGGER.info(f"Task {task}: its adapter is refused at step {learner.steps_done()} and trained no further; its "
+                        f"images join the key of task {self._nearest}")
             learner.bank.keep_only(self._decision.keep)
             self.router.join(task, self._nearest)
             self.route[task] = self._nearest

@@ -38,7 +38,7 @@ def test_statistics_are_mixtures_of_means_and_deviations(router: Router) -> None
 
 def test_an_image_goes_to_the_key_that_makes_it_most_likely(router: Router) -> None:
     images = torch.cat([tokens_of(kind, 20, 50 + kind) for kind in range(3)])
-    looks = {kind: router.statistics(tokens_of(kind, images_of, kind)).numpy() for kind, images_of in ((0, 60), (1, 40), (2, 50))}
+    looks = {kind: router.statistics(tokens_of(kind, count, kind)).numpy() for kind, count in ((0, 60), (1, 40), (2, 50))}
     size = 2 * WIDTH
     within = sum((x - x.mean(0)).T @ (x - x.mean(0)) for x in looks.values()) / 150
     scores = []

@@ -20,8 +20,7 @@ from analysis.gates import main
 from backbone.embedded import EMBEDDED
 from models import load_network
 from models.litelora import LiteLoRA
-from tests.helpers import ROOT
-from tests.learners import in_float64, learn, learner_of, test_images
+from tests.helpers import ROOT, in_float64, learn, learner_of, test_images
 from trainer import Quiet
 from utils.config import Config, config_from_dict, config_warnings
 from utils.errors import UserError
