@@ -14,12 +14,14 @@ from analysis.gate_questions import (
     gate_weights,
     growth,
     reproduced,
+    routes,
     similarity,
     task_means,
     without_adapter,
 )
 from analysis.gate_tables import TABLES
 from models import load_network
+from models.recipes.routed import RoutedNetwork
 from trainer import build
 from utils.config import config_from_dict
 from utils.errors import UserError
@@ -54,7 +56,7 @@ def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, devic
     beta = run.gates[task]["beta_after"][network.bank.tasks].to(place)
     exact = size == config.batch_size and _computes_alike(run, hardware(place))
     counts: dict[int | None, TaskCounts] = {}
-    for adapter, found in counts_without(network, beta, data, task, size):
+    for adapter, found in counts_without(network, data, task, size):
         counts[adapter] = found
         if adapter is None:
             difference = reproduced(found, TaskCounts(**run.result["tasks"][task]["counts"]), exact, folder)
@@ -67,7 +69,10 @@ def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, devic
         "gate_weights": gate_weights(run.gates), "chosen": chosen(run.gates),
         "without_adapter": {"task": task, "largest_difference": difference, **without_adapter(whole, counts, weights)},
         "similarity": similarity(run.gates, means), "growth": growth(run.result)}
-    return {name: {"question": ASKED[name][0], "definition": ASKED[name][1], **answers[name]} for name in ASKED}
+    if isinstance(network, RoutedNetwork):
+        answers["routes"] = routes(network, data, task, size)
+    return {name: {"question": question, "definition": definition, **answers[name]}
+            for name, (question, definition) in ASKED.items() if name in answers}
 
 
 def _computes_alike(run: FinishedRun, here: dict) -> bool:

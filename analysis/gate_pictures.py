@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, PowerNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from analysis.gate_questions import Answer
@@ -143,8 +143,24 @@ def growth_figure(answer: Answer, result: Record) -> Figure:
     return figure
 
 
+def routes_figure(answer: Answer, result: Record) -> Figure:
+    """Row = key, column = task: the share of the task's images that goes there; its own key is framed."""
+    shares, keys = _floats(answer["shares"]).T, answer["keys"]
+    figure, axes = _panels("Where each task's test images go", result, (7.2, 2.4 + 0.45 * len(keys)), 1, 1)
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    _numbers(axes, image, shares, lambda share: f"{100 * share:.0f}", lambda share: share > 0.6)
+    for task, key in enumerate(answer["key_of_task"]):
+        axes.add_patch(Rectangle((task - 0.5, keys.index(key) - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2))
+    axes.set(xlabel="Task", ylabel="Key (of task)", yticks=range(len(keys)), yticklabels=keys)
+    _whole(axes.xaxis)
+    figure.colorbar(image, ax=axes, label="Share of its test images")
+    figure.legend(handles=[Patch(facecolor="none", edgecolor=ORANGE, label="the task's own key")], loc="outside lower center",
+                  frameon=False)
+    return figure
+
+
 FIGURES = {"gate_weights": gate_weights_figure, "chosen": chosen_figure, "without_adapter": without_adapter_figure,
-           "similarity": similarity_figure, "growth": growth_figure}
+           "similarity": similarity_figure, "routes": routes_figure, "growth": growth_figure}
 
 
 def _panels(title: str, result: Record, size: tuple[float, float], rows: int, columns: int, **options: Any

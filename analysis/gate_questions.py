@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import nn
 
 from models import SavedNetwork
+from models.recipes.routed import RoutedNetwork
 from utils.config import Config, config_of_record
 from utils.data_manager import DataManager
 from utils.errors import UserError
@@ -51,6 +52,10 @@ ASKED = {
         "growth was decided, with the weight that the decision read (`beta_values`). Weights of one task sum to 1, so they "
         "shrink as adapters are added; the relative weight is that times the number of adapters in the gate. Pairs share "
         "tasks and are not independent, so that p tends to be too small: read it as a description, not as a test."),
+    "routes": (
+        "Where do images go?",
+        "Share of each task's test images that goes to each key (named by the task that founded it), and the key that the "
+        "task belongs to. Routed inference alone has keys."),
     "growth": (
         "How do adapters and stored bytes grow with the tasks?",
         "What is kept for the stream after each task: adapters in use, and everything stored besides the frozen backbone "
@@ -179,19 +184,26 @@ def task_means(backbone: nn.Module, data: DataManager, tasks: int, batch_size: i
     return np.stack(means)
 
 
-def counts_without(network: SavedNetwork, beta: Tensor, data: DataManager, task: int, batch_size: int
+def counts_without(network: SavedNetwork, data: DataManager, task: int, batch_size: int
                    ) -> Iterator[tuple[int | None, TaskCounts]]:
-    """Counts on the test images of every class seen: of the whole network (None), then without each adapter (its task).
-
-    beta `[n]`: the gate weights in force, in the order of the network's bank, which has them again at the end.
-    """
+    """Counts on the test images of every class seen: of the whole network (None), then without each adapter (its task)."""
     yield None, count(network, data, task, batch_size)
-    for index, adapter in enumerate(network.bank.tasks):
-        others = beta.clone()
-        others[index] = 0.0
-        network.bank.merge(others)
-        yield adapter, count(network, data, task, batch_size)
-    network.bank.merge(beta)
+    for adapter in network.bank.tasks:
+        with network.without(adapter):
+            yield adapter, count(network, data, task, batch_size)
+
+
+def routes(network: RoutedNetwork, data: DataManager, task: int, batch_size: int) -> Answer:
+    """The share of every task's test images that goes to each key, `[task + 1, K]`, and the key that the task belongs to."""
+    shares = []
+    for seen in range(task + 1):
+        keys = []
+        for images, _ in data.eval_batches("test", data.task_classes(seen), batch_size):
+            network(images)
+            keys.append(network.keys)
+        went = torch.cat(keys)
+        shares.append([(went == key).double().mean().item() for key in network.router.tasks])
+    return {"keys": list(network.router.tasks), "key_of_task": list(network.route), "shares": shares}
 
 
 def count(network: nn.Module, data: DataManager, task: int, batch_size: int) -> TaskCounts:

@@ -81,8 +81,15 @@ def growth_table(answer: Answer) -> str:
                   for entry in answer["tasks"]])
 
 
+def routes_table(answer: Answer) -> str:
+    """Tasks down, keys across, in percent."""
+    rows = [[task, key, *(f"{100 * share:.1f}" for share in shares)]
+            for task, (key, shares) in enumerate(zip(answer["key_of_task"], answer["shares"], strict=True))]
+    return table(["task", "its key", *(f"to key {key}" for key in answer["keys"])], rows)
+
+
 TABLES = {"gate_weights": gate_weights_table, "chosen": chosen_table, "without_adapter": without_adapter_table,
-          "similarity": similarity_table, "growth": growth_table}
+          "similarity": similarity_table, "routes": routes_table, "growth": growth_table}
 
 
 def _check(answer: Answer) -> str:

@@ -1,6 +1,7 @@
 """What a run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +26,24 @@ class SavedNetwork(nn.Module):
     """The network of one task of a finished run: images `[b, 3, S, S]` in 0..1 (normalised if the run's config says so) to
     logits `[b, classes seen]` in the order of the stream.
 
-    bank: the adapters in it, None where the method has none; `bank.merge(beta)` gives it other gate weights.
+    bank: the adapters in it, None where the method has none; beta: their gate weights in force, in the bank's order.
     """
 
-    def __init__(self, backbone: nn.Module, bank: AdapterBank | None, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, bank: AdapterBank | None, head: nn.Module, beta: Tensor | None = None) -> None:
         super().__init__()
         self.backbone, self.bank, self.head = backbone, bank, head
+        self.register_buffer("beta", beta, persistent=False)
+
+    @contextmanager
+    def without(self, adapter: int) -> Iterator[None]:
+        """The network with the gate weight of one of its adapters, by task, at 0 and the others as they are."""
+        others = self.beta.clone()
+        others[self.bank.tasks.index(adapter)] = 0
+        self.bank.merge(others)
+        try:
+            yield
+        finally:
+            self.bank.merge(self.beta)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -86,16 +99,18 @@ class SavedRun:
         """What the gate file of the task holds."""
         return torch.load(self.file(f"beta_values_task_{self.task}.pt"))
 
-    def adapters(self, backbone: FrozenViT) -> AdapterBank:
-        """The adapters that are in force after the task, merged into the frozen weights by equation 1."""
+    def adapters(self, backbone: FrozenViT) -> tuple[AdapterBank, Tensor]:
+        """The adapters that are in force after the task, merged into the frozen weights by equation 1, and their gate weights.
+        """
         record = self.gates()
         bank = AdapterBank(inject(backbone.vit, self.config.backbone_type), OpenGate(), "layer")
         tasks = [t for t in range(self.task + 1) if record["pruning_mask"][t]]
         for t in tasks:
             bank.store(t, self.tensors(f"adapter_task_{t}.safetensors"), record["alphas"][t])
         bank.gate.scale = record["gate_scale"]
-        bank.merge(record["beta_after"][tasks])
-        return bank
+        beta = record["beta_after"][tasks]
+        bank.merge(beta)
+        return bank, beta
 
     def check(self, network: nn.Module) -> None:
         """Raises UserError if `network` is not the one that the run evaluated: a file of the task was not read, or the logits

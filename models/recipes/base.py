@@ -146,7 +146,8 @@ class Recipe(Component):
     def rebuild(cls, saved: SavedRun) -> SavedNetwork:
         """The network of a finished run; see `BaseLearner.rebuild`."""
         backbone = saved.backbone()
-        return SavedNetwork(backbone, saved.adapters(backbone), saved.head(backbone.width))
+        bank, beta = saved.adapters(backbone)
+        return SavedNetwork(backbone, bank, saved.head(backbone.width), beta)
 
     def stored_tensors(self) -> list[Tensor]:
         """Tensors kept for the stream, bank and head excluded."""

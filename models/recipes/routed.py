@@ -5,7 +5,8 @@ Shapes: b images, n active adapters, c classes of a task, p statistics of a clas
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,7 +229,8 @@ class RoutedNetwork(SavedNetwork):
 
     def __init__(self, saved: SavedRun) -> None:
         backbone, record = saved.backbone(), saved.gates()
-        super().__init__(backbone, saved.adapters(backbone), saved.head(backbone.width))
+        bank, beta = saved.adapters(backbone)
+        super().__init__(backbone, bank, saved.head(backbone.width), beta)
         self.router = Router(backbone.width, saved.seed)
         self.router.from_file(saved.tensors(f"keys_task_{saved.task}.safetensors"))
         self.route = record["route"].tolist()
@@ -237,6 +239,16 @@ class RoutedNetwork(SavedNetwork):
         self.task_sizes = [entry["classes"] for entry in saved.result["tasks"][:saved.task + 1]]
         self.route_classes = saved.config.route_classes
         self.keys = torch.zeros(0, dtype=torch.long)
+
+    @contextmanager
+    def without(self, adapter: int) -> Iterator[None]:
+        """The networks of all keys with the gate weight of an adapter, by task, at 0."""
+        whole = self.betas
+        self.betas = {key: {**weights, adapter: 0.0} for key, weights in whole.items()}
+        try:
+            yield
+        finally:
+            self.betas = whole
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

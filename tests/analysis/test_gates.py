@@ -195,11 +195,12 @@ def test_taking_out_an_adapter_of_weight_zero_changes_nothing(folder: Path) -> N
     run, network = read_run(folder), load_network(folder, 2)
     data = trainer.build(run.config, 1993, torch.device("cpu"))[1]
     beta = torch.tensor([0.4, 0.0, 0.6])
+    network.beta = beta
     network.bank.merge(beta)
-    found = dict(counts_without(network, beta, data, 2, 64))
+    found = dict(counts_without(network, data, 2, 64))
     assert list(found) == [None, 0, 1, 2]
     assert found[1] == found[None] and found[0] != found[None] != found[2]
-    assert dict(counts_without(network, beta, data, 2, 64)) == found  # the network is left as it was
+    assert dict(counts_without(network, data, 2, 64)) == found  # the network is left as it was
 
 
 def test_similarity_is_that_of_the_mean_features(folder: Path, answers: dict[str, Any]) -> None:
