@@ -243,7 +243,7 @@ class SDLoRA(GradientLearner):
             "gate_logits": logits,
             "gate_scale": self.gate.scale,
             "task_id": task,
-            "threshold": self.config.growth_threshold,
+            "threshold": getattr(self.config, "growth_threshold", None),  # a method may have no growth to decide
             "tau": self.recipe.tau,
             "growth_rule": self.rule(self.config).name,
             "kept": task in bank.tasks,

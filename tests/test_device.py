@@ -131,7 +131,8 @@ _CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_eve
 
 
 @pytest.mark.parametrize("changes, answer", [
-    pytest.param(changes, answer, id=",".join(map(str, [*changes.values(), "kept" if answer else "dropped"])))
+    pytest.param(changes, answer, id=",".join(map(str, [*changes.values(), "kept" if answer else "dropped"])),
+                 marks=[] if answer and {"gate", "model_name"} & changes.keys() else [pytest.mark.slow])
     for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule", "inference"} & changes.keys() else [True])])
 def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = learner_of(small_config(batch_size=150, **changes))

@@ -7,6 +7,7 @@ test_trainer.
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from tests.helpers import learn, learner_of, small_config, test_images
@@ -67,6 +68,7 @@ def test_9_nothing_draws_from_or_moves_the_global_streams() -> None:
     assert all(torch.equal(first, second) for first, second in zip(*states))
 
 
+@pytest.mark.slow
 def test_12_more_than_twenty_tasks_any_rank() -> None:
     learner = learner_of(small_config(dataset="glyphs", init_cls=2, increment=2, nb_tasks=23, rank=3, growth_rule="none",
                                       batch_size=128))

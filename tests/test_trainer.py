@@ -272,6 +272,7 @@ def test_out_of_memory_names_the_key_that_helps(tmp_path: Path, capsys, monkeypa
     assert "grad_accum" in refused(capsys, "--config", str(write_config(tmp_path)))
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     accuracies = []
     for precision in ("fp32", "bf16"):

@@ -260,6 +260,7 @@ def test_the_command_writes_tables_pictures_and_json(copy: Path, answers: dict[s
     assert taken_out["task"] == 1 and len(taken_out["images"]) == 2 and "Measured without adapter 1" in said
 
 
+@pytest.mark.slow
 def test_a_run_without_gate_has_nothing_to_correlate(tmp_path: Path, capsys) -> None:
     trainer.run(small_config(tmp_path / "run", gate="none"))
     assert main([str(tmp_path / "run"), "--device", "cpu"]) == 0

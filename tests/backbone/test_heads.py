@@ -20,7 +20,8 @@ from tests.helpers import Watch, learn, learner_of, resumed, same, small_config,
 from utils.errors import UserError
 
 QUICK = {"ridge": {"ridge_dim": 48}, "aligned": {"align_epochs": 1, "align_samples": 16}}
-COMBINATIONS = [(head, gate) for head in HEADS for gate in ("none", "gumbel_sparsemax")]
+COMBINATIONS = [(head, "gumbel_sparsemax") for head in HEADS] + [
+    pytest.param(head, "none", marks=pytest.mark.slow) for head in HEADS]
 
 
 def config_of(head: str, gate: str = "gumbel_sparsemax", **changes):
@@ -270,6 +271,7 @@ def test_stored_bytes_count_statistics_and_no_images(head: str, extra) -> None:
     assert stored == 4 * 4 * 129 + extra(4, 128, 48)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_held_out_losses_and_refits_work_with_every_head(head: str) -> None:
     learner = learner_of(config_of(head, growth_rule="val_loss", growth_margin=10.0, val_fraction=0.2, refit_epochs=1))
@@ -277,6 +279,7 @@ def test_held_out_losses_and_refits_work_with_every_head(head: str) -> None:
     assert learner.bank.tasks == [0] and torch.isfinite(learner.predict(test_images(learner))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["aligned", "ridge"])
 def test_heads_on_frozen_features_beat_the_linear_one(head: str) -> None:
     accuracies = []
@@ -288,6 +291,7 @@ def test_heads_on_frozen_features_beat_the_linear_one(head: str) -> None:
     assert accuracies[1] > accuracies[0] + 0.1
 
 
+@pytest.mark.slow
 def test_heads_work_under_bf16() -> None:
     for head in ("cosine", "ridge"):
         learner = learner_of(config_of(head, precision="bf16", nb_tasks=1))

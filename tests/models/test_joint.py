@@ -73,6 +73,7 @@ def test_it_trains_on_the_images_of_every_task_of_the_stream() -> None:
     assert data.nb_tasks == 3 and data.task_sizes == [2, 2, 2], "the stream itself stays as it is"
 
 
+@pytest.mark.slow
 def test_it_is_sd_lora_on_a_single_task() -> None:
     """One adapter, trained for init_epoch epochs at init_lr with the gate open."""
     joint = learner_of(joint_config(nb_tasks=2, init_epoch=2))

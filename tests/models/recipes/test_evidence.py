@@ -217,12 +217,14 @@ def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Call
     assert torch.equal(learner.bank.alpha[:1], alpha) and torch.equal(learner.gate.logits, weights)
 
 
+@pytest.mark.slow
 def test_i8_evaluating_changes_no_result(whole: tuple) -> None:
     session = Watch()
     learner = learn(learner_of(config_of(eval_every=1), session), range(3))
     assert session.evaluated == [4, 7] and same(learner, whole[0])
 
 
+@pytest.mark.slow
 def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> None:
     learner = learner_of(config_of())
     for task in range(3):  # tasks 0 and 1 with an adapter, task 2 without

@@ -56,11 +56,11 @@ class PlainSDLoRA:
         return torch.cat([F.linear(features, *head) for head in self.heads], 1)
 
 
-def test_three_tasks_of_training_give_the_same_logits() -> None:
+def test_two_tasks_of_training_give_the_same_logits() -> None:
     learner, plain = learner_of(small_config(**CONFIG)), PlainSDLoRA()
     images = test_images(learner)
     frozen = plain.vit(images)
-    for task in range(3):
+    for task in range(2):
         learner.begin_task(task)
         plain.learn(task, learner.data.train_batches(task, 0, 32))
         learner.train()
