@@ -161,9 +161,9 @@ class Loading(Saving):
         return SavedNetwork(network.backbone, network.bank, ShiftedHead(shift, network.head))
 
 
-@pytest.mark.parametrize("kind, words", [(Shifted, "it has learned something that is not saved or not read"),
-                                         pytest.param(Saving, "has written shift_task_1.safetensors, which its class does not read",
-                                                      marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind, words", [
+    (Shifted, "it has learned something that is not saved or not read"),
+    pytest.param(Saving, "has written shift_task_1.safetensors, which its class does not read", marks=pytest.mark.slow)])
 def test_a_tensor_that_is_not_saved_or_not_read_is_refused(kind: type, words: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LEARNERS, "toy", kind)
     trainer.run(small_config(tmp_path, nb_tasks=2, model_name="toy"))

@@ -97,7 +97,7 @@ def test_i9_an_interrupted_learner_ends_with_the_same_tensors() -> None:
     assert same(learner, whole)
 
 
-@pytest.mark.parametrize("key, value", [("gate", "none"), ("growth_rule", "none"), ("lambda_sparsity", 0.5), ("lrate", 0.5),
+@pytest.mark.parametrize("key, value", [("gate", "none"), ("growth_rule", "topk"), ("lambda_sparsity", 0.5), ("lrate", 0.5),
                                         ("epochs", 3), ("gate_lr", 0.1)])
 def test_keys_that_do_nothing_are_refused(key: str, value: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"'{key}' is .* no effect for model_name .joint."):
