@@ -62,7 +62,8 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
     except UnknownName as error:
         raise UserError(f"{options.get(error.key, source)}: {error}") from None
     kind = config_class(choices)
-    effective = {key: value for key, value in values.items() if key in kind.model_fields}
+    effective = {key: value for key, value in values.items()
+                 if key in kind.model_fields and not (key in CHOICES and value is None)}
     try:
         config = kind.model_validate(effective, context={"name": name})
     except ValidationError as error:
