@@ -157,6 +157,11 @@ def test_null_is_the_default(tmp_path):
     assert load_config(path) == load_config(write(tmp_path, MINIMAL))
 
 
+def test_null_for_a_choice_is_its_default():
+    config = config_from_dict({**MINIMAL, "gate": None, "growth_rule": None, "head": None})
+    assert config == config_from_dict(MINIMAL)
+
+
 def test_filepath_defaults_to_the_name_of_the_file(tmp_path):
     assert load_config(write(tmp_path, MINIMAL, "my.run.json")).filepath == "./runs/my.run/"
     config = load_config(write(tmp_path, MINIMAL, "a\nb.json"))
