@@ -99,7 +99,8 @@ def test_benchmark_configs_follow_the_published_protocol(name, suffix):
 
 def differing_from_original(name: str) -> set[str]:
     """The keys in which a config and the one of SD-LoRA to compare it with differ, of those that both have."""
-    original = load_config(EXPS / f"{name.removesuffix('_evidence')}_original.json").model_dump()
+    twin = name.removesuffix("_evidence").removesuffix("_routed").removesuffix("_gumbel")
+    original = load_config(EXPS / f"{twin}_original.json").model_dump()
     gated = load_config(EXPS / f"{name}.json").model_dump()
     differing = {key for key in gated.keys() & original.keys() if gated[key] != original[key]}
     method = {"prefix", "filepath", "gate", "alpha_scope", "init_alpha", "growth_rule"}
@@ -112,13 +113,15 @@ def test_benchmark_configs_have_the_stream_and_optimisation_of_sdlora(name):
     assert {"optimizer", "momentum", "weight_decay", "init_lr", "lrate", "scheduler", "milestones", "init_epoch", "epochs",
             "batch_size", "rank", "head_lr"} <= load_config(EXPS / f"{name}_original.json").model_dump().keys()
     assert differing_from_original(name) == set()
-    assert differing_from_original(f"{name}_evidence") == {"growth_threshold", "row_fit"}
+    for other in ("evidence", "routed"):
+        assert differing_from_original(f"{name}_{other}") == {"growth_threshold", "row_fit"}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "glyphs"])
 def test_pairs_without_a_download_share_stream_budget_and_capacity(name):
-    assert differing_from_original(name) - {"eval_every"} == {"refit_lr"}
-    assert differing_from_original(f"{name}_evidence") - {"eval_every"} == {"growth_threshold", "refit_lr", "row_fit"}
+    assert differing_from_original(f"{name}_gumbel") - {"eval_every"} == {"refit_lr"}
+    for other in (name, f"{name}_evidence"):
+        assert differing_from_original(other) - {"eval_every"} == {"growth_threshold", "refit_lr", "row_fit"}
 
 
 def test_variants_of_sdlora_differ_in_what_they_are_named_for():
@@ -135,8 +138,9 @@ def test_quickstart_and_glyphs_need_no_download_and_name_their_streams():
     assert (glyphs.dataset, glyphs.init_cls, glyphs.increment) == ("glyphs", 10, 10)
     assert quickstart.backbone_type == glyphs.backbone_type == "vit_glyph_tiny_patch8_32"
     for name in ("quickstart", "glyphs", "glyphs_domains", "glyphs_domains_30"):
-        gated, evidence = load_config(EXPS / f"{name}.json"), load_config(EXPS / f"{name}_evidence.json")
-        assert (gated.gate, gated.growth_threshold) == ("gumbel_sparsemax", 0.1)
+        routed, gumbel, evidence = (load_config(EXPS / f"{name}{kind}.json") for kind in ("", "_gumbel", "_evidence"))
+        assert (routed.gate, routed.inference, routed.growth_threshold) == ("gumbel_sparsemax", "routed", 0.5)
+        assert (gumbel.gate, gumbel.inference, gumbel.growth_threshold) == ("gumbel_sparsemax", "global", 0.1)
         assert (evidence.gate, evidence.growth_threshold) == ("evidence", 0.5)
     assert quickstart.filepath == "./runs/quickstart/"
 
@@ -154,7 +158,7 @@ def test_c100_test_config_is_the_text_people_use():
 
 
 VARIANTS = {"sdlora": "none", "gumbel": "gumbel_sparsemax", "evidence": "evidence", "sparsemax": "sparsemax",
-            "gumbel_softmax": "gumbel_softmax"}
+            "gumbel_softmax": "gumbel_softmax", "routed": "gumbel_sparsemax"}
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -166,6 +170,7 @@ def test_study_variants_are_called_as_everywhere(path):
             continue
         name = max((name for name in VARIANTS if run.variant == name or run.variant.startswith(name + "_")), key=len)
         assert (run.config.model_name, run.config.gate) == ("sdlora", VARIANTS[name]), run.variant
+        assert (getattr(run.config, "inference", None) == "routed") == (name == "routed"), run.variant
         if run.variant in ("sdlora_rr", "sdlora_kd"):
             shipped = load_config(EXPS / f"sdlora_c100{run.variant.removeprefix('sdlora')}.json")
             assert (run.config.rank_schedule, run.config.growth_rule) == (shipped.rank_schedule, shipped.growth_rule)

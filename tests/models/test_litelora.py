@@ -290,7 +290,7 @@ def test_a_run_stopped_within_phase_2_ends_with_the_same_tensors(tmp_path: Path,
     class Stopping(trainer.Run):
         def after_step(self) -> None:
             if self.steps + 1 == stop_at:
-                self.signals.received = signal.SIGTERM
+                os.kill(os.getpid(), signal.SIGTERM)
             super().after_step()
 
     config = small_config(filepath=str(tmp_path), **STOPPED)

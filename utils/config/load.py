@@ -76,7 +76,8 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
 
 def config_of_record(values: Mapping[str, Any], source: str) -> Config:
     """The config that a run has saved, of this version or an older one; keys without effect are left out, whatever they hold,
-    and so are those that can hold a single value here: older versions wrote down what another choice would have had.
+    and so are those that can hold a single value here, or no null: older versions wrote down what another choice would have
+    had.
 
     Raises UserError.
     """
@@ -87,7 +88,8 @@ def config_of_record(values: Mapping[str, Any], source: str) -> Config:
     fixed = {key for key, field in kind.model_fields.items()
              if len(kinds := _kinds(field.annotation)) == 1 == len(_literals(kinds))}
     idle = known_keys().keys() - kind.model_fields.keys() | fixed
-    return config_from_dict({key: value for key, value in values.items() if key not in idle}, source)
+    unset = {key for key, field in kind.model_fields.items() if values.get(key) is None and field.default is not None}
+    return config_from_dict({key: value for key, value in values.items() if key not in idle | unset}, source)
 
 
 def config_warnings(config: Config) -> list[str]:
@@ -114,7 +116,8 @@ def _number(value: Any) -> bool:
 
 def _without_effect(key: str, value: Any, config: Config) -> str:
     """Names the innermost choice of the config that leaves the key without effect."""
-    choice = next((choice for choice, _ in owners(key) if choice in type(config).model_fields), next(iter(CHOICES)))
+    having = [choice for choice, _ in owners(key) if choice in type(config).model_fields]
+    choice = max(having, key=list(CHOICES).index, default=next(iter(CHOICES)))
     return (f"'{key}' is {show(value)}, but it has no effect for {choice} {show(getattr(config, choice))}; leave it out or "
             f"give its default, {show(default_of(key))}.")
 
