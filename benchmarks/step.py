@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOOP_LIMIT = 20  # the loop keeps about half a gigabyte per adapter at batch 16; beyond, it is not run
 SKIPPED = "skipped: memory"
-Key = tuple[str, int, str]  # kind, old adapters, precision
+CaseId = tuple[str, int, str]  # kind, old adapters, precision
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,9 +48,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def keys_of(options: argparse.Namespace) -> list[Key]:
+def keys_of(options: argparse.Namespace) -> list[CaseId]:
     """The cases of one repeat. The loop always runs in float32, and no case needs to run twice."""
-    keys: list[Key] = []
+    keys: list[CaseId] = []
     for precision in options.precision:
         keys += [("floor", 0, precision), ("backbone", 0, precision)]
         for adapters in options.adapters:
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """Medians per case, and the rows of the table: one per precision and number of old adapters."""
-    found: dict[Key, dict[str, float]] = {}
+    found: dict[CaseId, dict[str, float]] = {}
     for key in keys_of(options):
         mine = [r for r in results if (r["kind"], r["adapters"], r["precision"]) == key and "error" not in r]
         if mine:
@@ -100,7 +100,7 @@ def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dic
                              for a in options.adapters} if len(set(options.precision)) == 2 else {}}
 
 
-def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precision: str, adapters: int) -> dict[str, Any]:
+def _row(found: dict[CaseId, dict[str, float]], options: argparse.Namespace, precision: str, adapters: int) -> dict[str, Any]:
     step, base = ("step", adapters, precision), ("step", 0, precision)
     floor, backbone = ("floor", 0, precision), ("backbone", 0, precision)
     row = {"precision": precision, "adapters": adapters}
@@ -123,7 +123,7 @@ def _row(found: dict[Key, dict[str, float]], options: argparse.Namespace, precis
     return row
 
 
-def _ratio(found: dict[Key, dict[str, float]], name: str, over: Key, under: Key) -> float | None:
+def _ratio(found: dict[CaseId, dict[str, float]], name: str, over: CaseId, under: CaseId) -> float | None:
     values = found.get(over, {}).get(name), found.get(under, {}).get(name)
     return values[0] / values[1] if all(values) else None
 
