@@ -73,7 +73,7 @@ class StudyRun:
             raise UserError(f"{path}: is the record of a run that is not finished; delete the file, or put a finished one "
                             "there.")
         try:
-            shown = run_folder.differences(record["config"], self.config)
+            shown = run_folder.differences(record["config"], self.config, str(path))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: holds no config of a run; delete the file to have this run made again.") from error
         if shown:

@@ -43,7 +43,7 @@ def check_owner(folder: Path, config: Config) -> None:
                             "--overwrite to set it aside.")
         return
     try:
-        shown = differences(json.loads(saved.read_text(encoding="utf-8")), config)
+        shown = differences(json.loads(saved.read_text(encoding="utf-8")), config, str(saved))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{saved}: cannot be read as the config of a run ({error}); choose another 'filepath' or use "
                         "--overwrite to set the folder aside.") from error
@@ -52,12 +52,13 @@ def check_owner(folder: Path, config: Config) -> None:
                         "folder or use --overwrite to set it aside.")
 
 
-def differences(old: dict[str, Any], config: Config) -> str:
+def differences(old: dict[str, Any], config: Config, source: str) -> str:
     """In what `old`, a run's config as JSON has it, would compute something else than `config`; empty if in nothing.
 
-    Of a key that is younger than the run its default counts, and of one without effect nothing. Raises UserError.
+    Of a key that is younger than the run its default counts, and of one without effect nothing. Raises UserError, which
+    names `source` as where `old` comes from.
     """
-    before, now = config_of_record(old, "config.json").model_dump(mode="json"), config.model_dump(mode="json")
+    before, now = config_of_record(old, source).model_dump(mode="json"), config.model_dump(mode="json")
     return ", ".join(f"{key} (there {json.dumps(before.get(key))}, now {json.dumps(now.get(key))})"
                      for key in {**now, **before} if key not in NOT_COMPARED and before.get(key) != now.get(key))
 
