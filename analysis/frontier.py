@@ -88,6 +88,8 @@ def read_frontiers(path: Path) -> tuple[list[Frontier], list[str]]:
     from analysis.records import Run, group_runs
     from studies.study import is_study, load_study
 
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; name a study.")
     if not is_study(path):
         raise UserError(f"{path}: is not a study, the file that varies a config (docs/STUDIES.md); name one.")
     measures = [measure for measure in MEASURES if measure.key in COLUMNS]
