@@ -42,7 +42,7 @@ def test_the_installed_command_is_main(editable: bool, tmp_path: Path) -> None:
             shutil.copy(path, copy)
         elif (path / "__init__.py").exists():
             shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     python = venv / "bin" / "python"
     found = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, text=True,
                            capture_output=True).stdout.strip()

@@ -73,11 +73,12 @@ def curve_lines(metrics: Mapping[str, Any]) -> list[str]:
 def task_figures(entry: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
     """What trackers get after a task, by name: from its record and the metrics up to it. What the method has not is left
     out."""
+    kept = entry["kept"]
     figures = {
         "task": entry["task"], "accuracy/last": metrics["last_accuracy"], "accuracy/average": metrics["average_accuracy"],
         "accuracy/forgetting": metrics["forgetting"],
         **{f"accuracy/task_{task}": value for task, value in enumerate(metrics["accuracy_matrix"][-1])},
-        "adapters/kept": entry["active_adapters"], "adapters/newest_kept": entry["kept"] and int(entry["kept"]),
+        "adapters/kept": entry["active_adapters"], "adapters/newest_kept": None if kept is None else int(kept),
         "adapters/evicted": len(entry["evicted"]),
         **{f"beta/adapter_{task}": value for task, value in enumerate(entry["beta_after"] or [])},
         **{f"beta_decided/adapter_{task}": value for task, value in enumerate(entry["beta_values"] or [])},

@@ -24,15 +24,13 @@ FILE = "trackers.json"
 
 
 class Kind:
-    """What is particular to one of Accelerate's trackers; this one knows its name and nothing else.
-
-    package: what has to be installed. options: the arguments of Accelerate's class for the run in `folder`, called `title`;
-    with the `identity` that the tracker gave the run earlier it goes on there.
-    """
+    """What is particular to one of Accelerate's trackers. package: what has to be installed for it."""
 
     package: str
 
     def options(self, folder: Path, title: str, identity: str | None) -> dict[str, Any]:
+        """The arguments of Accelerate's class for the run in `folder`, called `title`; with the `identity` that the tracker
+        gave the run earlier it goes on there."""
         raise AssertionError("every tracker finds its runs in its own way")
 
     def identity(self, tracker: Any) -> str:
