@@ -20,7 +20,7 @@ from backbone.heads import HEADS
 from models import BaseLearner
 from models.recipes import GATES
 from models.training import Meter
-from tests.helpers import Watch, grown, learn, learner_of, small_config
+from tests.helpers import Watch, grown, learn, learner_of, tiny_config
 from utils.results.metrics import TaskCounts, tally_predictions
 
 CUDA = torch.device("cuda")
@@ -135,7 +135,7 @@ _CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_eve
                  marks=[] if answer and {"gate", "model_name"} & changes.keys() else [pytest.mark.slow])
     for changes in _CASES for answer in ([True, False] if {"gate", "growth_rule", "inference"} & changes.keys() else [True])])
 def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = learner_of(small_config(batch_size=150, **changes))
+    learner = learner_of(tiny_config(batch_size=150, **changes))
     if hasattr(learner, "recipe"):
         grown(learner, range(1))
     orders = [learner.data._shuffled(1, epoch) for epoch in range(4)]

@@ -14,6 +14,7 @@ import pytest
 import trainer
 from main import main
 from tests.helpers import ROOT, small_values
+from tests.tiny_backbone import TINY
 
 # Runs whose work, taken together, is of every kind. Task 1 is refused where rows are to be fitted again.
 _TWO = {"nb_tasks": 2, "batch_size": 64}
@@ -48,7 +49,6 @@ class Record:
         step, work = trainer.Run.after_step, trainer.Run.work
         monkeypatch.setattr(trainer.Run, "after_step", lambda run: (self.note("step"), step(run)))
         monkeypatch.setattr(trainer.Run, "work", lambda run, title, *a, **k: (self.note(title), work(run, title, *a, **k)))
-        monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: None)
 
     def note(self, title: str) -> None:
         kind = title.split(": ")[-1]
@@ -65,7 +65,7 @@ class Record:
 def config_file(folder: Path, name: str) -> str:
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**small_values(**RUNS[name]), "filepath": str(folder / "run")}))
+    path.write_text(json.dumps({**small_values(**{**TINY, **RUNS[name]}), "filepath": str(folder / "run")}))
     return str(path)
 
 
@@ -102,7 +102,6 @@ def test_a_signal_is_answered_and_the_run_ends_with_the_same_bits(name: str, kin
         record = Record(patch, kind, number)
         assert main(["--config", path]) == 143
         assert record.sent and record.since <= 2, "answered at once"
-    monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: None)
     assert main(["--config", path]) == 0
     assert files(tmp_path) == expected
 

@@ -19,7 +19,8 @@ from main import main
 from models import LEARNERS, load_network
 from models.recipes import GATES
 from models.sdlora import SDLoRA
-from tests.helpers import ROOT, SMALL, learn, learner_of, small_config, small_values
+from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_config, small_values
+from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.metrics import TaskCounts, count_predictions, summary
 from utils.runs.progress import LOGGER
@@ -27,7 +28,7 @@ from utils.runs.progress import LOGGER
 
 def write_config(folder: Path, **changes) -> Path:
     path = folder / "config_file.json"
-    path.write_text(json.dumps({**SMALL, "filepath": str(folder / "run"), **changes}))
+    path.write_text(json.dumps({**SMALL, **TINY, "filepath": str(folder / "run"), **changes}))
     return path
 
 
@@ -43,7 +44,7 @@ def refused(capsys, *arguments: str) -> str:
 def run(tmp_path_factory) -> Path:
     """A finished gated run of three tasks in which the last adapter is pruned or kept as the gate decides."""
     folder = tmp_path_factory.mktemp("gated")
-    path = write_config(folder, growth_threshold=0.2)
+    path = write_config(folder, growth_threshold=0.2, **PRETRAINED)
     assert main([f"--config={path}"]) == 0
     return folder / "run"
 
@@ -186,7 +187,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys) -> None:
     assert main(["--config", str(path), "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["init_alpha"] == 1.0 and printed["split"]["task_sizes"] == [2, 2, 2]
-    assert printed["trainable_parameters_task_0"] == 12559
+    assert printed["trainable_parameters_task_0"] == BLOCKS * 2 * (2 * 4 * WIDTH + 1) + 1 + 2 * (WIDTH + 1)
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +204,7 @@ def test_a_dry_run_computes_nothing_on_images(changes: dict, tmp_path: Path, cap
     for name in ("train_batches", "eval_batches"):
         monkeypatch.setattr(DataManager, name, no_images)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**small_values(**changes), "filepath": str(tmp_path / "run")}))
+    path.write_text(json.dumps({**small_values(**TINY, **changes), "filepath": str(tmp_path / "run")}))
     assert main(["--config", str(path), "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["dataset"] == "digits" and (printed["trainable_parameters_task_0"] > 0) is (
@@ -213,7 +214,7 @@ def test_a_dry_run_computes_nothing_on_images(changes: dict, tmp_path: Path, cap
 @pytest.mark.parametrize("name", ["finetune_head", "simplecil"])
 def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({**small_values(model_name=name, nb_tasks=2), "filepath": str(tmp_path / "run")}))
+    path.write_text(json.dumps({**method_values(name), "filepath": str(tmp_path / "run")}))
     assert main(["--config", str(path)]) == 0
     assert result_of(tmp_path / "run")["tasks"][-1]["active_adapters"] == 0
     message = refused(capsys, "--config", str(path), "--set", "rank=3")
@@ -225,7 +226,7 @@ def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, ca
     ({"dataset": "digit"}, ["dataset", "digits"]),
     ({"backbone_type": "vit_base_patch16_242"}, ["backbone_type", "vit_base_patch16_224"]),
     ({"backbone_type": "resnet10t", "pretrained": False}, ["resnet10t", "qkv"]),
-    ({"rank": 129}, ["rank", "128"]),
+    ({"rank": 33}, ["rank", "32"]),
     ({"init_cls": 11}, ["init_cls", "10"]),
     ({"init_cls": 1, "increment": 1}, ["init_cls"]),
     ({"dataset": "folder", "data_path": "/nowhere"}, ["/nowhere", "train"]),
@@ -276,7 +277,7 @@ def test_out_of_memory_names_the_key_that_helps(tmp_path: Path, capsys, monkeypa
 def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     accuracies = []
     for precision in ("fp32", "bf16"):
-        path = write_config(tmp_path, nb_tasks=2, precision=precision, filepath=str(tmp_path / precision))
+        path = write_config(tmp_path, nb_tasks=2, precision=precision, filepath=str(tmp_path / precision), **PRETRAINED)
         assert main(["--config", str(path)]) == 0
         accuracies.append(result_of(tmp_path / precision)["metrics"]["last_accuracy"])
         assert load_file(tmp_path / precision / "adapter_task_1.safetensors")["blocks.0.q.A"].dtype == torch.float32
