@@ -230,7 +230,7 @@ def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, ca
     ({"init_cls": 11}, ["init_cls", "10"]),
     ({"init_cls": 1, "increment": 1}, ["init_cls"]),
     ({"dataset": "folder", "data_path": "/nowhere"}, ["/nowhere", "train"]),
-    ({"backbone_weights": "/nowhere.safetensors"}, ["backbone_weights", "/nowhere.safetensors"]),
+    ({**PRETRAINED, "backbone_weights": "/nowhere.safetensors"}, ["backbone_weights", "/nowhere.safetensors"]),
     ({"filepath": "/proc/no/such"}, ["filepath", "/proc/no/such"]),
 ])
 def test_bad_input_is_one_sentence(changes: dict, words: list[str], tmp_path: Path, capsys) -> None:
@@ -258,10 +258,11 @@ def test_a_run_that_is_no_longer_finite_ends_in_one_sentence_and_can_go_on(tmp_p
 
 def test_unfitting_weights_are_named(tmp_path: Path, capsys) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "w.pth")
-    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "w.pth"))))
+    message = refused(capsys, "--config", str(write_config(tmp_path, **PRETRAINED, backbone_weights=str(tmp_path / "w.pth"))))
     assert "w.pth" in message and "does not fit" in message
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
-    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "broken.safetensors"))))
+    path = write_config(tmp_path, **PRETRAINED, backbone_weights=str(tmp_path / "broken.safetensors"))
+    message = refused(capsys, "--config", str(path))
     assert "broken.safetensors" in message
 
 

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 NAME = "vit_of_tests_patch8_16"
 TINY = {"backbone_type": NAME, "pretrained": False}  # of a config
 WIDTH, BLOCKS = 32, 2
+MAIN = "import sys, tests.tiny_backbone; from main import main; sys.exit(main())"  # `python -c` of it is main.py with it
 
 default_cfgs = generate_default_cfgs({NAME: {
     "input_size": (3, 16, 16), "crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0),
