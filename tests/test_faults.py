@@ -30,7 +30,7 @@ DISK_BYTES = 8 << 20
 
 # Four tasks, of which the gate prunes some, so that head rows are refit; a checkpoint in every third step.
 CONFIG = {"dataset": "digits", "init_cls": 2, "nb_tasks": 4, **TINY, "init_epoch": 1, "epochs": 1,
-          "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "growth_threshold": 0.3,
+          "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "growth_threshold": 0.4,
           "refit_epochs": 1, "eval_every": 1, "device": "cpu", "checkpoint_steps": 3}
 # The same with evictions of older adapters, a moving average in the optimizer and more than one epoch.
 OTHER = {**CONFIG, "init_cls": 3, "nb_tasks": 3, "growth_rule": "topk", "growth_topk": 2, "optimizer": "adamw", "epochs": 2,

@@ -19,7 +19,7 @@ from main import main
 from models import LEARNERS, load_network
 from models.recipes import GATES
 from models.sdlora import SDLoRA
-from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_config, small_values
+from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_values, tiny_config
 from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.metrics import TaskCounts, count_predictions, summary
@@ -44,7 +44,7 @@ def refused(capsys, *arguments: str) -> str:
 def run(tmp_path_factory) -> Path:
     """A finished gated run of three tasks in which the last adapter is pruned or kept as the gate decides."""
     folder = tmp_path_factory.mktemp("gated")
-    path = write_config(folder, growth_threshold=0.2, **PRETRAINED)
+    path = write_config(folder, growth_threshold=0.2)
     assert main([f"--config={path}"]) == 0
     return folder / "run"
 
@@ -60,7 +60,7 @@ def test_artifacts_are_those_of_the_contract(run: Path) -> None:
         assert data["beta_values"].dtype == torch.float32 and data["beta_values"].shape == (task + 1,)
         assert data["beta_values"].sum().item() == pytest.approx(1) and data["beta_after"].sum().item() == pytest.approx(1)
         assert data["pruning_mask"].dtype == torch.int64 and data["pruning_mask"].shape == (3,)
-        assert data["alphas"].shape == (task + 1, 6, 2) and data["alphas"].dtype == torch.float32
+        assert data["alphas"].shape == (task + 1, BLOCKS, 2) and data["alphas"].dtype == torch.float32
         assert data["gate_logits"].shape == (task + 1,) and data["gate_scale"] == 1.0
         assert data["kept"] == bool(data["pruning_mask"][task]) == bool(data["beta_values"][task] > 0.2 or task == 0)
         assert (data["task_id"], data["threshold"], data["tau"], data["growth_rule"]) == (task, 0.2, 0.5, "threshold")
@@ -72,11 +72,11 @@ def test_artifacts_are_those_of_the_contract(run: Path) -> None:
         assert adapter.exists() is data["kept"]
         if data["kept"]:
             tensors = load_file(adapter)
-            assert len(tensors) == 6 * 4 and tensors["blocks.5.v.A"].shape == (4, 128)
-            direction = tensors["blocks.2.q.B"] @ tensors["blocks.2.q.A"]
+            assert len(tensors) == BLOCKS * 4 and tensors["blocks.1.v.A"].shape == (4, WIDTH)
+            direction = tensors["blocks.0.q.B"] @ tensors["blocks.0.q.A"]
             assert torch.linalg.matrix_norm(direction).item() == pytest.approx(1, abs=1e-5)
         head = load_file(run / f"head_task_{task}.safetensors")
-        assert head["weight"].shape == (2 * task + 2, 128) and head["bias"].shape == (2 * task + 2,)
+        assert head["weight"].shape == (2 * task + 2, WIDTH) and head["bias"].shape == (2 * task + 2,)
     assert kept[0]
     assert not list(run.glob(".*.part"))
 
@@ -94,19 +94,20 @@ def test_analysis_snippets_run_as_they_are(run: Path) -> None:
 
 @pytest.mark.slow
 def test_i3_a_fresh_process_rebuilds_the_evaluated_network(run: Path, tmp_path: Path) -> None:
-    learner = learner_of(small_config(run, growth_threshold=0.2))
+    learner = learner_of(tiny_config(run, growth_threshold=0.2))
     learn(learner, range(3))
     images = next(iter(learner.data.eval_batches("test", range(6), 32)))[0]
     learner.start_evaluation()
     torch.save((images, learner.predict(images)), tmp_path / "expected.pt")
-    script = ("import sys, torch; from models import load_network; torch.set_num_threads(int(sys.argv[3]));"
+    script = ("import sys, torch, tests.tiny_backbone;"
+              "from models import load_network; torch.set_num_threads(int(sys.argv[3]));"
               "x, y = torch.load(sys.argv[1]); z = load_network(sys.argv[2], 2)(x); assert torch.equal(y, z)")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "expected.pt"), str(run), str(torch.get_num_threads())],
                    check=True, cwd=ROOT)
 
 
 def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> None:
-    learner, record = learner_of(small_config(run)), result_of(run)
+    learner, record = learner_of(tiny_config(run)), result_of(run)
     for task in range(3):
         network = load_network(run, task)
         counts = TaskCounts.zeros(task + 1)
@@ -124,7 +125,7 @@ def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
     assert record["split_sha256"] == json.loads((run / "split.json").read_text())["sha256"]
     assert record["metrics"] == summary([TaskCounts(**task["counts"]) for task in record["tasks"]])
     first = record["tasks"][0]
-    assert first["trainable_parameters"] == 6 * 2 * (2 * 4 * 128) + 6 * 2 + 1 + 2 * 129
+    assert first["trainable_parameters"] == BLOCKS * 2 * (2 * 4 * WIDTH + 1) + 1 + 2 * (WIDTH + 1)
     assert all(task["seconds"] > 0 and task["peak_memory_bytes"] > 0 for task in record["tasks"])
 
 
