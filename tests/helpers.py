@@ -3,14 +3,17 @@
 import copy
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+import trainer
 from backbone.embedded import EMBEDDED
 from backbone.gates import Gate, GumbelGate
 from backbone.lora import AdapterBank, inject
@@ -22,6 +25,7 @@ from trainer import Quiet, build, run
 from utils.config import Config, config_from_dict
 from utils.config.components import chosen, config_class
 from utils.results.metrics import TaskCounts, summary
+from utils.results.plots import write_pictures
 from utils.rng import generator
 from utils.runs.files import write_sealed_json
 
@@ -92,6 +96,14 @@ def grown(learner: BaseLearner, tasks: range, begin_next: bool = False) -> BaseL
         learner.begin_task(tasks.stop)
         randomize(learner)
     return learner
+
+
+@contextmanager
+def pictures() -> Iterator[None]:
+    """Within it runs in this process draw their pictures, which tests/conftest.py keeps them from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_pictures", write_pictures)
+        yield
 
 
 class Interrupted(Exception):

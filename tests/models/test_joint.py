@@ -8,7 +8,7 @@ import torch
 
 import trainer
 from models import LEARNERS, load_network
-from tests.helpers import learner_of, small_config, tiny_config
+from tests.helpers import learner_of, pictures, small_config, tiny_config
 from trainer import build
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, summary
@@ -20,9 +20,10 @@ def joint_config(folder: Path | str = "./unused/", **changes):
 
 
 @pytest.fixture(scope="module")
-def run(pictures: None, tmp_path_factory) -> tuple[Path, dict]:
+def run(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("joint") / "run"
-    return folder, trainer.run(small_config(folder, model_name="joint"))[0]
+    with pictures():
+        return folder, trainer.run(small_config(folder, model_name="joint"))[0]
 
 
 def test_one_record_covers_every_task(run: tuple[Path, dict]) -> None:
