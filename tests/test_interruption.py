@@ -18,7 +18,7 @@ import pytest
 import trainer
 from main import main
 from models import LEARNERS
-from tests.helpers import OF_METHOD, ROOT, small_values
+from tests.helpers import ROOT, method_values, small_values
 from tests.tiny_backbone import MAIN, TINY
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
@@ -37,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 # The second task of the routed gate is of a new domain, so that its adapter is decided on and kept.
 METHODS: dict[str, dict[str, Any]] = {
-    **{name: {**_TWO, "batch_size": 32, "model_name": name, **OF_METHOD.get(name, {})} for name in LEARNERS},
+    **{name: method_values(name) for name in LEARNERS},
     "routed": {**_TWO, "inference": "routed", "epochs": 2, "task_domains": ["negative", "plain"]},
 }
 # The run, the kind of work, and the call of that kind at which the signal comes: within task 1 where there is one.
