@@ -7,6 +7,7 @@ or said, and not from one optimizer step to the next, nor from one batch to the 
 There is no autograd engine for such tensors: backward and update stand still, `GatedLinear.backward` is called by hand.
 """
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from models.recipes import GATES
 from models.training import Meter
 from tests.helpers import Watch, grown, learn, learner_of, tiny_config
 from utils.results.metrics import TaskCounts, tally_predictions
+from utils.runs.progress import Progress
 
 CUDA = torch.device("cuda")
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -111,7 +113,8 @@ def on_cuda(learner: BaseLearner) -> BaseLearner:
 
 
 def hold_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward gives every leaf of the graph a gradient, and no optimizer moves anything."""
+    """Backward gives every leaf of the graph a gradient, no optimizer moves anything, and no figures are shown: on a busy
+    machine that would be due between any two steps."""
 
     def backward(tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool = False) -> None:
         assert tensor.requires_grad and tensor.device.type == "cuda"
@@ -129,6 +132,7 @@ def hold_still(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         monkeypatch.setattr(kind, "step", lambda optimizer: None)
     monkeypatch.setattr(Meter, "first_bad", lambda meter: None)
+    monkeypatch.setattr(Progress, "LINE_SECONDS", math.inf)
 
 
 _HEADS = {"linear": {}, "cosine": {}, "aligned": {"align_epochs": 2, "align_samples": 8}, "ridge": {"ridge_dim": 16}}
