@@ -9,6 +9,7 @@ import torch
 import trainer
 from models import LEARNERS, load_network
 from tests.helpers import learner_of, pictures, small_config, tiny_config
+from tests.tiny_backbone import WIDTH
 from trainer import build
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, summary
@@ -83,7 +84,7 @@ def test_it_is_sd_lora_on_a_single_task() -> None:
         one.begin_task(0)
         one.train()
         one.end_task()
-    assert joint.head.weight.shape == (4, 128) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
+    assert joint.head.weight.shape == (4, WIDTH) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
     assert joint.steps_done() == 2 * joint.data.steps_per_epoch(0, 32) and joint.bank.tasks == [0]
 
 
