@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from backbone.embedded import EMBEDDED
 from tests.fault_runs import ENVIRONMENT, ROOT, Launcher, Reader, unreadable_files
-from tests.tiny_backbone import MAIN, TINY
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 SEED = int(os.environ.get("GCL_FAULT_SEED") or (time.time_ns() % 10**9 if LONG else 5))
@@ -29,8 +29,8 @@ KILLS, FULL_DISKS, SECOND_SIGNALS = (50, 20, 12) if LONG else (6, 3, 2)
 DISK_BYTES = 8 << 20
 
 # Four tasks, of which the gate prunes some, so that head rows are refit; a checkpoint in every third step.
-CONFIG = {"dataset": "digits", "init_cls": 2, "nb_tasks": 4, **TINY, "init_epoch": 1, "epochs": 1,
-          "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "growth_threshold": 0.4,
+CONFIG = {"dataset": "digits", "init_cls": 2, "nb_tasks": 4, "backbone_type": EMBEDDED, "init_epoch": 1, "epochs": 1,
+          "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "growth_threshold": 0.3,
           "refit_epochs": 1, "eval_every": 1, "device": "cpu", "checkpoint_steps": 3}
 # The same with evictions of older adapters, a moving average in the optimizer and more than one epoch.
 OTHER = {**CONFIG, "init_cls": 3, "nb_tasks": 3, "growth_rule": "topk", "growth_topk": 2, "optimizer": "adamw", "epochs": 2,
@@ -192,7 +192,7 @@ def test_runs_on_a_full_disk_stop_and_go_on(launcher: Launcher, undisturbed: lis
 
 def stop_a_process(folder: Path, config: dict, number: signal.Signals, checkpoint: int) -> tuple[int, float, str, str]:
     """Sends `number` to `python main.py` once it has written so many checkpoints; status, seconds, stdout and stderr."""
-    command = [sys.executable, "-c", MAIN, "--config", str(write_config(folder, config))]
+    command = [sys.executable, "main.py", "--config", str(write_config(folder, config))]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while process.poll() is None and all(int(path.stem[11:]) < checkpoint for path in folder.glob("checkpoint_*.ckpt")):
@@ -271,7 +271,7 @@ def test_the_second_process_on_a_folder_is_refused(launcher: Launcher, undisturb
     assert first.wait_until(checkpoints=2)
     first.send(signal.SIGSTOP)  # so that it is still there when the second comes
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    command = [sys.executable, "-c", MAIN, "--config", str(path)]
+    command = [sys.executable, "main.py", "--config", str(path)]
     second = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2 and one_sentence(second.stderr), second.stderr
     assert f"process {first.pid}" in second.stderr and str(folder) in second.stderr
