@@ -78,7 +78,8 @@ class Record:
 def config_file(folder: Path, name: str, **changes: Any) -> str:
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**small_values(**{**TINY, **{**RUNS, **METHODS}[name], **changes}), "filepath": str(folder / "run")}))
+    values = small_values(**{**TINY, **{**RUNS, **METHODS}[name], **changes})
+    path.write_text(json.dumps({**values, "filepath": str(folder / "run")}))
     return str(path)
 
 
