@@ -9,7 +9,6 @@ import torch
 import trainer
 from models import LEARNERS, load_network
 from tests.helpers import learner_of, pictures, small_config, tiny_config
-from tests.tiny_backbone import WIDTH
 from trainer import build
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, summary
@@ -78,13 +77,13 @@ def test_it_trains_on_the_images_of_every_task_of_the_stream() -> None:
 @pytest.mark.slow
 def test_it_is_sd_lora_on_a_single_task() -> None:
     """One adapter, trained for init_epoch epochs at init_lr with the gate open."""
-    joint = learner_of(joint_config(nb_tasks=2, init_epoch=2))
-    whole = learner_of(tiny_config(gate="none", init_cls=4, nb_tasks=1, init_epoch=2))
+    joint = learner_of(small_config(model_name="joint", nb_tasks=2, init_epoch=2))
+    whole = learner_of(small_config(gate="none", init_cls=4, nb_tasks=1, init_epoch=2))
     for one in (joint, whole):
         one.begin_task(0)
         one.train()
         one.end_task()
-    assert joint.head.weight.shape == (4, WIDTH) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
+    assert joint.head.weight.shape == (4, 128) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
     assert joint.steps_done() == 2 * joint.data.steps_per_epoch(0, 32) and joint.bank.tasks == [0]
 
 
