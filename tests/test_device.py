@@ -21,7 +21,7 @@ from models import BaseLearner
 from models.recipes import GATES
 from models.training import Meter
 from tests.helpers import Watch, grown, learn, learner_of, small_config
-from utils.results.metrics import TaskCounts, tally_predictions
+from utils.results.metrics import TaskCounts, tally_classes, tally_predictions
 
 CUDA = torch.device("cuda")
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -73,7 +73,9 @@ def evaluated(learner: BaseLearner) -> None:
     learner.start_evaluation()
     before = learner.session.mode.reads
     for images, labels in learner.data.eval_batches("test", seen, 150):
-        tally += tally_predictions(learner.predict(images), labels, task_of_class, tasks)
+        logits = learner.predict(images)
+        tally += tally_predictions(logits, labels, task_of_class, tasks)
+        tally_classes(logits, labels, task_of_class, tasks)
     assert learner.session.mode.reads == before
 
 
