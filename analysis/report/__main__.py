@@ -20,8 +20,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.report",
-        description="Write one HTML page about finished runs: accuracy, gate weights, growth, forgetting and confusion task by "
-                    "task, the comparison of methods with its tests, configs and files. The page needs no network.",
+        description="Write one HTML page about finished runs: accuracy, gate weights, growth, forgetting and confusion task "
+                    "by task, the comparison of methods with its tests, configs and files. The page needs no network.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m analysis.report runs/quickstart -o report.html\n"
                "  python -m analysis.report exps/studies/routed_domains.json --baseline sdlora -o report.html")
@@ -48,13 +48,13 @@ def report(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = 
     `margin`: points of accuracy. `command`: what the page names as its origin. Raises UserError for runs that cannot be
     compared, for an `output` that is no older report unless `overwrite`, and for a missing package.
     """
-    from analysis.report.page import check_output, page, scripts  # loads torch: --help is answered without
+    from analysis.report.page import check_output, check_packages, page  # loads torch: --help is answered without
     from utils.runs.files import write_bytes
 
     check_output(output, overwrite)
-    libraries = scripts()
+    check_packages()
     found, streams, baselines = read_streams(paths, labels, baseline, margin)
-    write_bytes(output, page(found, streams, baselines, margin, output.parent, command, libraries).encode())
+    write_bytes(output, page(found, streams, baselines, margin, output.parent, command).encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

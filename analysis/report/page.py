@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.measures import measures_of
 from analysis.records import Found, Method, Stream
 from analysis.report.run_data import run_data
 from analysis.report.stream_data import config_differences, differences, means, pictures, runs_table
@@ -18,7 +17,7 @@ from utils.errors import UserError
 
 GENERATOR = "Gumbel CL-LoRA analysis.report"  # how an older report is told from a file of somebody's own
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("tables.js", "charts.js", "compare.js", "page.js")  # in this order one module
+SCRIPTS = ("tables.js", "looks.js", "charts.js", "compare.js", "page.js")  # in this order one module
 PACKAGES = {"vl_convert": "vl-convert-python", "jinja2": "jinja2"}
 
 
@@ -32,25 +31,30 @@ def check_output(path: Path, overwrite: bool) -> None:
         try:
             start = path.read_bytes()[:1000]
         except OSError as error:
-            raise UserError(f"--output: '{path}' is there and cannot be read ({error.strerror}); choose another file.") from error
+            raise UserError(f"--output: '{path}' is there and cannot be read ({error.strerror}); choose another "
+                            "file.") from error
         if GENERATOR.encode() not in start:
             raise UserError(f"--output: '{path}' is there and is not a report; choose another file, or replace it with "
                             "--overwrite.")
 
 
-def scripts() -> str:
-    """The scripts of Vega, Vega-Lite and Vega-Embed; raises UserError where a package for the page is missing."""
+def check_packages() -> None:
+    """Raises UserError where a package that the page needs is missing."""
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"{missing[0]}: a report needs this package; install it with: pip install {' '.join(missing)}")
+
+
+def libraries() -> str:
+    """The scripts of Vega, Vega-Lite and Vega-Embed, which put `vegaEmbed` into the page's `window`."""
     import vl_convert
 
     return vl_convert.javascript_bundle()
 
 
 def page(found: Found, streams: Sequence[Stream], baselines: Sequence[Method | None], margin: float, folder: Path,
-         command: str, libraries: str) -> str:
-    """The page about runs; arguments as `analysis.tables.page` has them. `folder`: where it will lie; `libraries`: `scripts()`."""
+         command: str) -> str:
+    """The page about runs; arguments as `analysis.tables.page` has them. `folder`: where it will lie."""
     import jinja2
 
     runs = [(number, method, run) for number, stream in enumerate(streams) for method in stream.methods
@@ -64,10 +68,10 @@ def page(found: Found, streams: Sequence[Stream], baselines: Sequence[Method | N
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False, "allow_nan": False}
     return environment.get_template("page.html").render(
         title=_title(streams, len(runs)), generator=GENERATOR, command=command, data=data,
-        streams=[_section(stream, baseline, margin, number, links)
-                 for number, (stream, baseline) in enumerate(zip(streams, baselines, strict=True))] if len(runs) > 1 else [],
+        streams=[_section(stream, baseline, margin, number, links) for number, (stream, baseline)
+                 in enumerate(zip(streams, baselines, strict=True)) if len(runs) > 1],
         unfinished=found.unfinished, reading=_reading(margin), style=(STATIC / "page.css").read_text(encoding="utf-8"),
-        libraries=_inline(libraries),
+        libraries=_inline(libraries()),
         script="\n".join(_inline((STATIC / name).read_text(encoding="utf-8")) for name in SCRIPTS))
 
 
@@ -87,7 +91,7 @@ def _section(stream: Stream, baseline: Method | None, margin: float, number: int
     return {"slug": slug, "number": number, "title": stream.title, "baseline": baseline and baseline.name,
             "methods": [method.name for method in stream.methods], "means": means(stream, slug),
             "differences": differences(stream, baseline, margin, slug), "config": config_differences(stream, slug),
-            "runs": runs_table(stream, slug, links), "adapters": any(m.key == "adapters" for m in measures_of(stream.methods))}
+            "runs": runs_table(stream, slug, links)}
 
 
 def _reading(margin: float) -> list[str]:

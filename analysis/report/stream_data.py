@@ -83,7 +83,8 @@ def differences(stream: Stream, baseline: Method | None, margin: float, slug: st
         if values(baseline, measure) and any(values(method, measure) for method in others):
             better = "higher" if measure.higher_is_better else "lower"
             caption = f"{measure.heading}: method minus {baseline.name} on the same seeds; {better} is better"
-            found.append((measure, table(f"{slug}-{measure.key}", caption, *difference_cells(stream, baseline, measure, margin))))
+            cells = difference_cells(stream, baseline, measure, margin)
+            found.append((measure, table(f"{slug}-by-{measure.key}", caption, *cells)))
     return found
 
 

@@ -1,62 +1,9 @@
-// What the pictures show: Vega-Lite specifications, their rows, and the same rows as a table.
-//
-// Nothing is told by colour alone: lines differ in dashes and markers, states in filled and hollow marks, and scales of
-// colour go from light to dark.
-
-const INK = "#1a1a1a", GREY = "#6b6b6b", BLUE = "#0072B2", RUST = "#B34700", LIGHT = "#9ecae1";
-// Okabe & Ito (2008), the lightest left out.
-const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#7a5c00", "#000000", "#3d7fa6"];
-const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [10, 3], [1, 3]];
-const SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right"];
-const CELLS_WRITTEN = 15;  // tasks up to which figures are written into the cells of a map
-
-const CONFIG = {
-  background: null, font: "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif",
-  view: {stroke: null}, mark: {aria: false}, rect: {stroke: "white", strokeWidth: 1},
-  axis: {aria: false, labelColor: INK, titleColor: INK, labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal",
-         gridColor: "#e7e7e7", domainColor: "#999", tickColor: "#999", labelOverlap: true},
-  legend: {aria: false, labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal", orient: "bottom", labelLimit: 200,
-           symbolStrokeWidth: 2},
-};
-
-function spec(width, height, description, layer, more = {}) {
-  return {width, height, description, layer, data: {name: "rows"}, params: [{name: "task", value: 0}],
-          autosize: {type: "pad"}, padding: 2, config: CONFIG, ...more};
-}
-
-const cell = (count, room = 420, most = 50) => Math.max(4, Math.min(most, Math.floor(room / count)));
-const step = (count, room, most) => ({step: cell(count, room, most)});
-const ordinal = (field, title, count, more = {}) => (
-  {field, type: "ordinal", title, scale: {domain: range(count), paddingInner: 0, paddingOuter: 0},
-   axis: {labelAngle: 0, ticks: false, domain: false, ...more}});
-const numberAxis = (field, title, domain, more = {}) => (
-  {field, type: "quantitative", title, scale: {domain, nice: false, zero: false}, ...more});
-const taskAxis = (count, title = "after task") => numberAxis(
-  "after", title, [-0.4, Math.max(0.4, count - 0.6)], {axis: {tickMinStep: 1, format: "d", grid: false, values: ticks(count)}});
-const percentScale = {domain: [0, 100], range: ["#f7fbff", "#6baed6", "#08306b"]};
-const range = count => Array.from({length: count}, (_, index) => index);
-const ticks = count => range(count).filter(index => index % Math.ceil(count / 12) === 0);
-const percent = (part, whole) => (whole ? 100 * part / whole : null);
-const mean = values => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
-const known = value => value !== null && value !== undefined;
-
-// A frame around the row, or a line at the task, that is chosen; `marks` are the tasks.
-const chosenOnly = count => ({data: {values: range(count).map(after => ({after}))},
-                              transform: [{filter: "datum.after === task"}]});
-const chosenRow = count => ({
-  ...chosenOnly(count), mark: {type: "rect", fill: null, stroke: INK, strokeWidth: 2.5},
-  encoding: {x: {value: 0}, x2: {value: "width"}, y: {field: "after", type: "ordinal"}}});
-const chosenLine = count => ({
-  ...chosenOnly(count), mark: {type: "rule", stroke: INK, strokeWidth: 1, strokeDash: [3, 2]},
-  encoding: {x: {field: "after", type: "quantitative"}}});
-const written = (field, count, format, dark) => (count > CELLS_WRITTEN ? [] : [{
-  mark: {type: "text", fontSize: 11}, encoding: {
-    text: {field, type: "quantitative", format},
-    color: {condition: {test: dark, value: "white"}, value: INK}}}]);
-
-// ---- one run: `rows(run, task)` are those of the picture, `table(run, task)` is [caption, header, rows]
+// The pictures of one run as Vega-Lite specifications: `spec(run)`, the `rows(run, task)` that they draw, and as an
+// alternative to each picture `table(run, task)`: caption, header and rows.
 
 const taskName = (run, task) => (run.domains[task] ? `${task} ${run.domains[task]}` : `${task}`);
+const taskNames = run => range(columns(run)).map(task => taskName(run, task));
+const taskCell = (run, task) => ({text: taskName(run, task), sort: task});
 const stages = run => run.matrix.length;
 const columns = run => run.matrix[0].length;
 
@@ -64,7 +11,7 @@ const RUN_CHARTS = {
   matrix: {
     spec: run => spec(step(columns(run)), step(stages(run)), "Heat map of the accuracy on each task after each task.", [
       {mark: "rect", encoding: {color: {field: "value", type: "quantitative", scale: percentScale,
-                                        legend: {title: "accuracy (%)", gradientLength: 180}},
+                                        ...colorBar("accuracy (%)")},
                                 tooltip: tips("after", "task", "value", "told")}},
       ...written("value", columns(run), ".0f", "datum.value > 55"), chosenRow(stages(run)),
     ], {encoding: {x: ordinal("task", "accuracy on task", columns(run)), y: ordinal("after", "after task", stages(run))}}),
@@ -93,34 +40,36 @@ const RUN_CHARTS = {
   drop: {
     spec: run => spec(640, {step: cell(columns(run), 440, 26)}, "Highest accuracy so far and accuracy now of each task.", [
       {mark: {type: "rule", strokeWidth: 2, stroke: GREY},
-       encoding: {x: numberAxis("now", "accuracy (%)", [0, 107], {axis: {values: range(6).map(k => 20 * k)}}), x2: {field: "best"}}},
+       encoding: {x: numberAxis("now", "accuracy (%)", [0, 107], percentAxis), x2: {field: "best"}}},
       {mark: {type: "point", filled: false, size: 90, strokeWidth: 2, stroke: INK},
        encoding: {x: {field: "best", type: "quantitative"}}},
       {mark: {type: "point", filled: true, size: 80, color: BLUE, opacity: 1},
        encoding: {x: {field: "now", type: "quantitative"}, tooltip: tips("task", "best", "now", "lost")}},
       {mark: {type: "text", align: "left", dx: 9, fontSize: 11},
        encoding: {x: {field: "right", type: "quantitative"}, text: {field: "label"}}},
-    ], {params: [{name: "task", value: 0}, {name: "names", value: range(columns(run)).map(k => taskName(run, k))}],
+    ], {params: [...PARAMS, {name: "names", value: taskNames(run)}],
         encoding: {y: ordinal("task", "task", columns(run), {labelExpr: "names[datum.value]"})}}),
     rows: (run, task) => lost(run, task),
     table: (run, task) => [`Highest accuracy so far and accuracy after task ${task}, in percent`,
                            ["task", "highest", "now", "lost (points)"],
-                           lost(run, task).map(row => [{text: taskName(run, row.task), sort: row.task}, row.best, row.now, row.lost])],
+                           lost(run, task).map(row => [taskCell(run, row.task), row.best, row.now, row.lost])],
   },
   weights: {
     spec: run => spec(step(stages(run)), step(stages(run)), "Heat map of the gate weights that each growth decision read.", [
       {transform: [{filter: "!datum.gone"}], mark: "rect", encoding: {
-        color: {field: "weight", type: "quantitative", legend: {title: "gate weight", gradientLength: 180, values: [0, 0.1, 0.3, 0.6, 1]},
-                scale: {type: "sqrt", domain: [0, 1], clamp: true, range: percentScale.range}},
+        color: {field: "weight", type: "quantitative", ...colorBar("gate weight", {values: [0, 0.1, 0.3, 0.6, 1]}),
+                scale: {type: "sqrt", domain: [0, 1], clamp: true, range: shades}},
         tooltip: tips("after", "adapter", "weight", "state")}},
       {transform: [{filter: "datum.gone"}], mark: {type: "text", text: "\u00d7", color: GREY, fontSize: 13}},
       ...(stages(run) > CELLS_WRITTEN ? [] : [{
         transform: [{filter: "!datum.gone"}], mark: {type: "text", fontSize: 10.5}, encoding: {
           text: {field: "label"}, color: {condition: {test: "datum.weight > 0.3", value: "white"}, value: INK}}}]),
       {transform: [{filter: "datum.leaves"}], mark: {
-        type: "point", filled: false, size: 0.75 * cell(stages(run)) ** 2, stroke: RUST, strokeWidth: 1.8, strokeDash: [3, 2]}},
+        type: "point", filled: false, size: 0.75 * cell(stages(run)) ** 2, stroke: RUST, strokeWidth: 1.8,
+        strokeDash: [3, 2]}},
       chosenRow(stages(run)),
-    ], {encoding: {x: ordinal("adapter", "adapter of task", stages(run)), y: ordinal("after", "decision of task", stages(run))}}),
+    ], {encoding: {x: ordinal("adapter", "adapter of task", stages(run)),
+                   y: ordinal("after", "decision of task", stages(run))}}),
     rows: run => range(stages(run)).flatMap(after => gateRows(run, after)),
     table: (run, task) => [
       `Gate weights that the decisions up to task ${task} read; a dash is an adapter that was pruned before`,
@@ -134,17 +83,21 @@ const RUN_CHARTS = {
        encoding: {fill: {field: "kind", type: "nominal", title: null, scale: {domain: KINDS, range: ["white", BLUE]}},
                   tooltip: tips("adapter", "kind", "weight")}},
       ...(stages(run) > 7 ? [] : [{mark: {type: "text", dy: -7, fontSize: 10}, encoding: {text: {field: "label"}}}]),
-    ], {encoding: {x: {...ordinal("adapter", "adapter of task", stages(run)), scale: {domain: range(stages(run)), paddingInner: 0.25}},
+    ], {encoding: {x: {...ordinal("adapter", "adapter of task", stages(run)),
+                       scale: {domain: range(stages(run)), paddingInner: 0.25}},
                    xOffset: {field: "kind", type: "nominal", scale: {domain: KINDS}},
                    y: numberAxis("weight", "gate weight", [0, 1.08])}}),
-    rows: (run, task) => gateRows(run, task).filter(row => !row.gone).flatMap(row => [
-      {adapter: row.adapter, kind: KINDS[0], weight: row.weight, label: row.label},
-      {adapter: row.adapter, kind: KINDS[1], weight: run.force[task][row.adapter], label: weight(run.force[task][row.adapter])}]),
+    rows: (run, task) => gateRows(run, task).filter(row => !row.gone).flatMap(row => KINDS.map((kind, index) => {
+      const value = index ? row.force : row.weight;
+      return {adapter: row.adapter, kind, weight: value, label: weight(value)};
+    })),
     table: (run, task) => [
       `Gate weights at task ${task}`,
-      ["adapter of task", "read by the decision", "in force after it", ...(run.share ? ["share of |beta * alpha|"] : []), "state"],
-      gateRows(run, task).map(row => [row.adapter, row.gone ? null : row.weight, row.gone ? null : run.force[task][row.adapter],
-                                      ...(run.share ? [row.gone ? null : run.share[task][row.adapter]] : []), row.state])],
+      ["adapter of task", ...KINDS, ...(run.share ? ["share of |beta * alpha|"] : []), "state"],
+      gateRows(run, task).map(row => {
+        const figures = [row.weight, row.force, ...(run.share ? [run.share[task][row.adapter]] : [])];
+        return [row.adapter, ...figures.map(value => (row.gone ? null : value)), row.state];
+      })],
   },
   kept: {
     spec: run => spec(440, 220, "Step line of the adapters in use after each task.", [
@@ -183,19 +136,17 @@ const RUN_CHARTS = {
         x: {field: "share", type: "quantitative", stack: "zero", bandPosition: 0.5}, detail: {field: "kind"},
         text: {field: "share", type: "quantitative", format: ".0f"},
         color: {condition: {test: `datum.kind === '${PLACES[0]}'`, value: "white"}, value: INK}}},
-    ], {params: [{name: "task", value: 0}, {name: "names", value: range(columns(run)).map(k => taskName(run, k))}],
+    ], {params: [...PARAMS, {name: "names", value: taskNames(run)}],
         encoding: {x: {field: "share", type: "quantitative", stack: "zero", title: "test images of the task (%)",
-                       scale: {domain: [0, 100]}, axis: {values: range(6).map(k => 20 * k)}},
+                       scale: {domain: [0, 100]}, ...percentAxis},
                    order: {field: "place"},
                    y: {...ordinal("task", "task", columns(run), {labelExpr: "names[datum.value]"}),
                        scale: {domain: range(columns(run)), paddingInner: 0.2}}}}),
     rows: (run, task) => errorRows(run, task),
-    table: (run, task) => [`Test images of each task after task ${task}`, ["task", "images", ...PLACES, "right with the task told"],
-                           range(run.counts[task].images.length).map(k => {
-                             const [right, own, other] = placed(run.counts[task], k);
-                             return [{text: taskName(run, k), sort: k}, run.counts[task].images[k], right, own, other,
-                                     run.counts[task].within[k]];
-                           })],
+    table: (run, task) => [
+      `Test images of each task after task ${task}`, ["task", "images", ...PLACES, "right with the task told"],
+      run.counts[task].images.map((images, k) => [
+        taskCell(run, k), images, ...placed(run.counts[task], k), run.counts[task].within[k]])],
   },
   classes: {
     spec: run => {
@@ -203,14 +154,14 @@ const RUN_CHARTS = {
       return spec({step: Math.max(14, Math.min(52, Math.floor(620 / columns(run))))}, {step: height},
                   "Heat map of every class and the task whose classes it is taken for.", [
         {mark: {type: "rect", strokeWidth: 0.5}, encoding: {
-          color: {field: "share", type: "quantitative", scale: percentScale,
-                  legend: {title: "images of the class (%)", gradientLength: 180}},
+          color: {field: "share", type: "quantitative", scale: percentScale, ...colorBar("images of the class (%)")},
           tooltip: tips("name", "of", "task", "images", "share", "right")}},
         ...(height < 12 ? [] : written("share", columns(run), ".0f", "datum.share > 55")),
         {transform: [{filter: "datum.own"}], mark: {type: "rect", fill: null, stroke: INK, strokeWidth: 1.5}},
-      ], {params: [{name: "task", value: 0}, {name: "names", value: run.class_names}],
-          encoding: {x: {...ordinal("task", "taken for a class of task", columns(run)), axis: {labelAngle: 0, orient: "top", domain: false}},
-                     y: ordinal("place", "class", count, {labelExpr: "names[datum.value]", labelLimit: 140, labelFontSize: Math.min(11, height)})}});
+      ], {params: [...PARAMS, {name: "names", value: run.class_names}], encoding: {
+        x: ordinal("task", "taken for a class of task", columns(run), {orient: "top"}),
+        y: ordinal("place", "class", count, {labelExpr: "names[datum.value]", labelLimit: 140,
+                                             labelFontSize: Math.min(11, height)})}});
     },
     rows: (run, task) => classRows(run, task),
     table: (run, task) => [`Where the test images of each class go after task ${task}`,
@@ -234,7 +185,7 @@ const fate = (run, after) => (known(run.kept[after]) ? (run.kept[after] ? "kept"
 function gateRows(run, after) {
   return run.read[after].map((value, adapter) => {
     const was = gone(run, after, adapter), leaves = !was && !run.stored[after][adapter];
-    return {after, adapter, weight: value, label: weight(value), gone: was, leaves,
+    return {after, adapter, weight: value, force: run.force[after][adapter], label: weight(value), gone: was, leaves,
             state: was ? "pruned before" : leaves ? "pruned now" : "stored"};
   });
 }
@@ -244,8 +195,9 @@ function lost(run, task) {
   return range(columns(run)).filter(k => known(run.matrix[task][k])).map(k => {
     const earlier = range(task).filter(t => t >= k).map(t => run.matrix[t][k]), now = run.matrix[task][k];
     const best = earlier.length ? Math.max(...earlier) : now;
-    const label = earlier.length ? (best > now ? `\u2212${(best - now).toFixed(1)}` : best < now ? `+${(now - best).toFixed(1)}` : "0") : "newest";
-    return {task: k, best, now, lost: earlier.length ? best - now : null, right: Math.max(best, now), label};
+    const change = now > best ? `+${(now - best).toFixed(1)}` : now < best ? `\u2212${(best - now).toFixed(1)}` : "0";
+    return {task: k, best, now, lost: earlier.length ? best - now : null, right: Math.max(best, now),
+            label: earlier.length ? change : "newest"};
   });
 }
 
@@ -267,20 +219,4 @@ function classRows(run, task) {
       {place, name: run.class_names[place], of: run.task_of_class[place], task: k, images, share: percent(images, whole),
        right: percent(found.right[place], whole), own: k === run.task_of_class[place]}));
   });
-}
-
-function tips(...fields) {
-  const titles = {told: "with the task told", of: "of task", value: "accuracy (%)", share: "share (%)"};
-  return fields.map(field => ({field, title: titles[field] ?? field, format: NUMBERS.has(field) ? ".1f" : undefined}))
-    .map(tip => (tip.format ? {...tip, type: "quantitative"} : tip));
-}
-
-// The legend shows marker and colour; with the dashes in it too its symbols would have dashed edges.
-const dashes = (field, names) => ({...looks(field, names, DASHES), legend: null});
-const MARKERS_ALONE = {resolve: {legend: {strokeDash: "independent"}}};
-
-function looks(field, names, values) {
-  const columns = Math.max(1, Math.floor(72 / (6 + Math.max(...names.map(name => name.length)))));
-  return {field, type: "nominal", title: null, legend: {columns},
-          scale: {domain: names, range: names.map((_, index) => values[index % values.length])}};
 }

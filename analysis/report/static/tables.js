@@ -21,10 +21,12 @@ function makeTable(caption, header, rows) {
   const table = element("table", {class: "sortable"}, element("caption", {}, caption));
   const head = header.map((name, column) => element(
     "th", {scope: "col", class: numeric[column] ? "number" : null}, element("button", {type: "button"}, name)));
-  table.append(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...cells.map(row => element(
-    "tr", {}, ...row.map((cell, column) => element(
-      column ? "td" : "th", {scope: column ? null : "row", "data-sort": cell.sort, class: numeric[column] ? "number" : cell.text.length > LONG ? "long" : null},
-      ...(cell.href ? [element("a", {href: cell.href}, cell.text)] : cell.code ? withCode(cell.text) : [cell.text])))))));
+  const made = (cell, column) => element(
+    column ? "td" : "th", {scope: column ? null : "row", "data-sort": cell.sort,
+                           class: numeric[column] ? "number" : cell.text.length > LONG ? "long" : null},
+    ...(cell.href ? [element("a", {href: cell.href}, cell.text)] : cell.code ? withCode(cell.text) : [cell.text]));
+  table.append(element("thead", {}, element("tr", {}, ...head)),
+               element("tbody", {}, ...cells.map(row => element("tr", {}, ...row.map(made)))));
   return element("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": caption}, table);
 }
 
