@@ -85,7 +85,8 @@ def test_they_run_in_jupyter(path, quick_start, monkeypatch):
     nbformat.validate(book)
     for cell, changed in zip(book.cells, cells_of(path, quick_start), strict=True):
         cell["source"] = source(changed)
-    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    place = {"metadata": {"path": str(path.parent)}}
+    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", resources=place).execute()
     assert any("image/png" in output.get("data", {}) for cell in book.cells for output in cell.get("outputs", []))
 
 

@@ -104,7 +104,8 @@ const RUN_CHARTS = {
       {mark: {type: "line", interpolate: "step-after", stroke: GREY, strokeWidth: 1.5}},
       {mark: {type: "point", size: 90, strokeWidth: 2, opacity: 1, stroke: BLUE}, encoding: {
         fill: {field: "state", type: "nominal", title: "the task's own adapter",
-               scale: {domain: ["kept", "pruned"], range: [BLUE, "white"]}},
+               scale: run.kept.every(known) ? {domain: ["kept", "pruned"], range: [BLUE, "white"]}
+                 : {domain: ["no decision"], range: ["#c8c8c8"]}},
         tooltip: tips("after", "adapters", "state")}},
       chosenLine(stages(run)),
     ], {encoding: {x: taskAxis(stages(run)), y: numberAxis("adapters", "adapters", [0, Math.max(1, ...run.adapters) + 0.5],
@@ -180,7 +181,7 @@ const PLACES = ["right", "another class of its task", "a class of another task"]
 
 const weight = value => (value === 0 ? "0" : value < 0.005 ? "<.01" : value.toFixed(2));
 const gone = (run, after, adapter) => adapter < after && !run.stored[after - 1][adapter];
-const fate = (run, after) => (known(run.kept[after]) ? (run.kept[after] ? "kept" : "pruned") : "none");
+const fate = (run, after) => (known(run.kept[after]) ? (run.kept[after] ? "kept" : "pruned") : "no decision");
 
 function gateRows(run, after) {
   return run.read[after].map((value, adapter) => {
@@ -197,7 +198,7 @@ function lost(run, task) {
     const best = earlier.length ? Math.max(...earlier) : now;
     const change = now > best ? `+${(now - best).toFixed(1)}` : now < best ? `\u2212${(best - now).toFixed(1)}` : "0";
     return {task: k, best, now, lost: earlier.length ? best - now : null, right: Math.max(best, now),
-            label: earlier.length ? change : "newest"};
+            label: earlier.length ? change : stages(run) < columns(run) ? "" : "newest"};
   });
 }
 

@@ -104,7 +104,7 @@ function chooseTask(task) {
   const run = current.run;
   current.task = task;
   slider.value = task;
-  const domain = run.domains[task] ? ` (${run.domains[task]})` : "";
+  const domain = run.domains[task] && stages(run) === columns(run) ? ` (${run.domains[task]})` : "";
   const text = `${task}${domain}, ${run.seen[task]} classes seen`;
   byId("task-text").textContent = text;
   slider.setAttribute("aria-valuetext", text);
