@@ -1,10 +1,12 @@
 """The page itself: data, template, styles and scripts put together into one HTML file that asks nothing of a network.
 
 Pictures are drawn in the browser by Vega-Lite (Satyanarayan et al., 2017), whose scripts the package vl-convert-python holds:
-0.9 MB a page, where Plotly's are 4.5, and SVG that stays sharp in print. What pictures show is decided by `charts.js`.
+they take 0.9 MB of a page, draw SVG that stays sharp in print, and follow plain HTML controls, which a keyboard reaches. What
+pictures show is decided by `static/charts.js` and `static/compare.js`.
 """
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,12 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise UserError(f"--output: '{path}' is a folder; name a file in it, such as '{path / 'report.html'}'.")
     if not path.parent.is_dir():
         raise UserError(f"--output: there is no folder '{path.parent}'; make it, or choose another file.")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: nothing may be written into '{path.parent}'; choose another folder.")
     if path.exists() and not overwrite:
         try:
-            start = path.read_bytes()[:1000]
+            with open(path, "rb") as file:
+                start = file.read(1000)
         except OSError as error:
             raise UserError(f"--output: '{path}' is there and cannot be read ({error.strerror}); choose another "
                             "file.") from error
