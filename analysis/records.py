@@ -256,8 +256,13 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
             for name, members in zip(names, methods, strict=True)]
 
 
+def settings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a record's config that make its method: without its draw, its stream, and what changes no result."""
+    return {key: value for key, value in _config(result).items() if key not in _NOT_THE_METHOD}
+
+
 def _identity(result: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in _config(result).items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+    return json.dumps(settings(result), sort_keys=True)
 
 
 def _config(result: Mapping[str, Any]) -> dict[str, Any]:

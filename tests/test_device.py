@@ -22,7 +22,7 @@ from models import BaseLearner
 from models.recipes import GATES
 from models.training import Meter
 from tests.helpers import Watch, grown, learn, learner_of, tiny_config
-from utils.results.metrics import TaskCounts, tally_predictions
+from utils.results.metrics import TaskCounts, tally_classes, tally_predictions
 from utils.runs.progress import Progress
 
 CUDA = torch.device("cuda")
@@ -84,7 +84,9 @@ def evaluated(learner: BaseLearner, waits: int = 0) -> None:
     learner.start_evaluation()
     before = learner.session.mode.reads
     for images, labels in learner.data.eval_batches("test", seen, 150):
-        tally += tally_predictions(learner.predict(images), labels, task_of_class, tasks)
+        logits = learner.predict(images)
+        tally += tally_predictions(logits, labels, task_of_class, tasks)
+        tally_classes(logits, labels, task_of_class, tasks)
         before += waits
     assert learner.session.mode.reads == before
 

@@ -22,7 +22,7 @@ from models.sdlora import SDLoRA
 from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_values, tiny_config
 from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
-from utils.results.metrics import TaskCounts, count_predictions, summary
+from utils.results.metrics import ClassCounts, TaskCounts, count_predictions, summary, tally_classes
 from utils.runs.progress import LOGGER
 
 
@@ -110,10 +110,13 @@ def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> N
     learner, record = learner_of(tiny_config(run)), result_of(run)
     for task in range(3):
         network = load_network(run, task)
-        counts = TaskCounts.zeros(task + 1)
+        counts, by_class = TaskCounts.zeros(task + 1), torch.zeros(2 * task + 2, task + 2, dtype=torch.long)
         for images, labels in learner.data.eval_batches("test", range(2 * task + 2), 32):
-            counts += count_predictions(network(images), labels, learner.data.task_of_class, task + 1)
+            logits = network(images)
+            counts += count_predictions(logits, labels, learner.data.task_of_class, task + 1)
+            by_class += tally_classes(logits, labels, torch.as_tensor(learner.data.task_of_class), task + 1)
         assert counts == TaskCounts(**record["tasks"][task]["counts"])
+        assert ClassCounts.of(by_class) == ClassCounts(**record["tasks"][task]["class_counts"])
 
 
 def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
