@@ -42,9 +42,9 @@ def _load(source: Source, exported: Exported) -> str:
     size = source.network.backbone.image_size
     measured = "" if exported.difference is None else (
         f" On images of noise the logits differed from the run's network by {exported.difference:.1e} of the largest.")
-    return (f"## Load\n\nIn this folder, with {', '.join(exported.packages)}; `images` is a float32 tensor `[b, 3, {size}, {size}]`, "
-            f"any b:\n\n```python\n{exported.load}\n```\n\n`logits` is `[b, {source.classes}]`, in the order of the classes below."
-            f"{measured}")
+    return (f"## Load\n\nIn this folder, with {', '.join(exported.packages)}; `images` is a float32 tensor "
+            f"`[b, 3, {size}, {size}]`, any b:\n\n```python\n{exported.load}\n```\n\n"
+            f"`logits` is `[b, {source.classes}]`, in the order of the classes below.{measured}")
 
 
 def _images(source: Source) -> str:
@@ -91,6 +91,7 @@ def _licences(source: Source, licence: str | None, data_licence: str | None) -> 
 def _origin(source: Source) -> str:
     result = source.saved.result
     commit = result["code"].get("commit") or "unknown"
-    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "timm") if name in result["versions"])
-    return (f"## Origin\n\nExported by `python -m analysis.export` of Gumbel CL-LoRA. The run: code {commit}, {versions}, backbone "
-            f"weights SHA-256 {result['backbone']['sha256']}, class order SHA-256 {result['class_order_sha256']}.")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return ("## Origin\n\nExported by `python -m analysis.export` of Gumbel CL-LoRA.\n\n"
+            f"The run: code {commit}; {versions}; SHA-256 of the frozen weights {result['backbone']['sha256']}, of the class "
+            f"order {result['class_order_sha256']}.")

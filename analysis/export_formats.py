@@ -114,7 +114,7 @@ def to_peft(source: Source, folder: Path) -> Exported:
     B carries the magnitudes, so the weights of PEFT's combination are the gate weights. The head goes beside them, and the
     frozen network too where timm cannot download it. Raises UserError for a network that is no single ViT with adapters.
     """
-    network, (name, arguments), bank = source.network, source.call, source.network.bank
+    network, bank = source.network, source.network.bank
     if bank is None:
         source.network.as_timm()  # what it says of a network that is no ViT goes before
         raise UserError(f"--to peft: model_name '{source.saved.config.model_name}' has no adapters; export it as timm, or as "
@@ -135,20 +135,20 @@ def to_peft(source: Source, folder: Path) -> Exported:
     _write_safetensors(folder / "head.safetensors", head.to_file())
     names = [f"adapter_{task}" for task in bank.tasks]
     more = "".join(f'model.load_adapter("{each}", adapter_name="{each}")\n' for each in names[1:])
-    load = (f"import timm\nimport torch.nn.functional as F\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n\n"
-            f"base = {base}\n"
+    load = ("import timm\nimport torch.nn.functional as F\nfrom peft import PeftModel\n"
+            f"from safetensors.torch import load_file\n\nbase = {base}\n"
             f'model = PeftModel.from_pretrained(base, "{names[0]}", adapter_name="{names[0]}")\n{more}'
             f"model.add_weighted_adapter({json.dumps(names)}, {[weights.get(task, 0.0) for task in bank.tasks]}, \"all\", "
             f'combination_type="cat")\nmodel.set_adapter("all")\nmodel.eval()\nfeatures = model(images)\n'
             f'head = load_file("head.safetensors")\n'
-            f"{', '.join(head.to_file())} = ({', '.join(f'head[{json.dumps(part)}]' for part in head.to_file())})\n"
+            f"{', '.join(head.to_file())} = {', '.join(f'head[{json.dumps(part)}]' for part in head.to_file())}\n"
             f"logits = {head.predicts}")
     return Exported(load, ("timm", "peft", "safetensors"))
 
 
 def fused_lora(direction: dict[str, Tensor], magnitude: Tensor) -> dict[str, Tensor]:
-    """An adapter, as `AdapterBank.direction` gives it, with its magnitude `[L, 2]`, under PEFT's names: per block A `[2 r, d]`,
-    and B `[3 d, 2 r]` with q's part above, v's below and zeros between and beside them."""
+    """An adapter, as `AdapterBank.direction` gives it, with its magnitude `[L, 2]`, under PEFT's names: per block A `[2 r, d]`
+    and B `[3 d, 2 r]`, with q's part above, v's below and zeros between and beside them."""
     tensors = {}
     for block, factors in enumerate(magnitude):
         (A_q, B_q), (A_v, B_v) = ((direction[f"blocks.{block}.{name}.A"], direction[f"blocks.{block}.{name}.B"] * factor)
@@ -182,7 +182,8 @@ def to_torchscript(source: Source, folder: Path) -> Exported:
         (folder / "model.pt").write_bytes(buffer.getvalue())
         again = torch.jit.load(str(folder / "model.pt"))
         difference = _compared("torchscript", source, again)
-    return Exported('import torch\n\nmodel = torch.jit.load("model.pt").eval()\nlogits = model(images)', ("torch",), difference)
+    load = 'import torch\n\nmodel = torch.jit.load("model.pt").eval()\nlogits = model(images)'
+    return Exported(load, ("torch",), difference)
 
 
 def to_onnx(source: Source, folder: Path) -> Exported:
@@ -219,8 +220,8 @@ def _graph(source: Source) -> nn.Module:
 
 @torch.no_grad()
 def _compared(form: str, source: Source, loaded: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference of logits between what was loaded again and the network, over the largest logit or 1, at two numbers
-    of images; raises UserError where it is not within `CLOSE`."""
+    """The largest difference of logits between what was loaded again and the network, over the largest logit or 1, at two
+    numbers of images; raises UserError where it is not within `CLOSE`."""
     largest = 0.0
     for count in (1, 4):
         images = source.images(count)
@@ -229,7 +230,7 @@ def _compared(form: str, source: Source, loaded: Callable[[Tensor], Tensor]) -> 
         finite = expected[expected.isfinite()].abs().max().clamp_min(1)
         largest = max(largest, (apart / finite).nan_to_num(float("inf")).item())
     if largest > CLOSE[form]:
-        raise UserError(f"--to {form}: what was written gives logits that differ by {largest:.1e} of the largest from the run's; "
+        raise UserError(f"--to {form}: the logits of what it makes differ from the run's by {largest:.1e} of the largest; "
                         f"choose another of {', '.join(FORMATS)}.")
     return largest
 
@@ -262,5 +263,5 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _call(name: str, **arguments: Any) -> str:
-    given = "".join(f", {key}={json.dumps(value) if isinstance(value, str) else value!r}" for key, value in arguments.items())
-    return f'timm.create_model("{name}"{given})'
+    shown = {key: json.dumps(value) if isinstance(value, str) else repr(value) for key, value in arguments.items()}
+    return f'timm.create_model("{name}"{"".join(f", {key}={value}" for key, value in shown.items())})'

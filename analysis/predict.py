@@ -23,8 +23,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.predict",
-        description="The most probable classes of images by the network of a finished or unfinished run, under the transform with "
-                    "which the run tests; with routed inference also which adapters an image has met.")
+        description="The most probable classes of images by the network of a run, under the transform with which it tests; "
+                    "with routed inference also which adapters an image has met.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, with its results.json")
     parser.add_argument("images", nargs="+", metavar="IMAGES",
                         help='image files, folders (images at any depth) and patterns such as "photos/**/*.jpg"')
@@ -70,7 +70,7 @@ def predict(saved: "SavedRun", network: "SavedNetwork", images: Sequence[Path], 
     for start in range(0, len(images), config.batch_size):
         numbers = range(start, min(start + config.batch_size, len(images)))
         batch = torch.stack([view(reader.read(number)) for number in numbers])
-        probabilities, order = network(batch.to(place)).softmax(1).sort(1, descending=True, stable=True)
+        probabilities, order = torch.sort(network(batch.to(place)).softmax(1), dim=1, descending=True, stable=True)
         met = network.met() or [None] * len(numbers)
         for number, row, columns, which in zip(numbers, probabilities.tolist(), order.tolist(), met, strict=True):
             best = [(names[column], value) for column, value in zip(columns[:top], row)]
@@ -78,8 +78,8 @@ def predict(saved: "SavedRun", network: "SavedNetwork", images: Sequence[Path], 
 
 
 def image_files(named: Sequence[str]) -> list[Path]:
-    """The files that the command line names, in its order: files as they are, folders as the images in them, and patterns as what
-    they match.
+    """The files that the command line names, in its order: files as they are, folders as the images in them, and patterns as
+    what they match.
 
     Raises UserError for a name that is nothing, and a folder or pattern without an image.
     """

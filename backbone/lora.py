@@ -206,7 +206,8 @@ class AdapterBank(nn.Module):
                 layer.silent = False
 
     def operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
-        """What gate weights `[n]` add to each block's projections; `columns` picks some of the R stored rank-one terms, None takes all."""
+        """What gate weights `[n]` add to each block's projections; `columns` picks some of the R stored rank-one terms, None
+        takes all."""
         coefficients = self.gate.scale * beta[:, None, None] * self.magnitudes()  # [n, L, 2]
         stored = len(self.tasks) - (self.current is not None)
         spread, A, B = self._membership(stored), self.A, self.B

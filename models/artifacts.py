@@ -64,7 +64,7 @@ class SavedNetwork(nn.Module):
         return {} if self.bank is None else dict(zip(self.bank.tasks, self.beta.tolist(), strict=True))
 
     def as_graph(self) -> nn.Module:
-        """The network as a module whose operations are the same for all images, which can be traced with any number of them."""
+        """The network as a module whose operations are the same whatever the images, so that it can be traced."""
         return nn.Sequential(merged_copy(self.backbone), self.head)
 
     def met(self) -> list[str]:

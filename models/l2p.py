@@ -59,7 +59,7 @@ class PromptedViT(nn.Module):
         return self.look(images)[0]
 
     def as_timm(self) -> nn.Module:
-        raise UserError("model_name: 'l2p' puts prompts of its own before the tokens of every image, which no network of timm does; "
+        raise UserError("model_name: 'l2p' puts prompts before the tokens of every image, which no network of timm does; "
                         "export it as torchscript or onnx.")
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:

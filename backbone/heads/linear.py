@@ -112,8 +112,8 @@ class GrowingHead(Component, nn.Module):
             setattr(self, name, state[name].to(self.weight.device))
 
     def as_linear(self) -> tuple[Tensor, Tensor] | None:
-        """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks; None
-        where none does."""
+        """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks;
+        None where none does."""
         return self.weight, self.bias
 
     def to_file(self) -> dict[str, Tensor]:

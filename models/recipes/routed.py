@@ -267,8 +267,8 @@ class RoutedNetwork(SavedNetwork):
 
     def gate_weights(self) -> dict[int, float]:
         if len(self.router.tasks) > 1:
-            raise UserError(f"inference: this run routes every image to one of {len(self.router.tasks)} networks, which no single "
-                            "ViT is; export it as torchscript or onnx.")
+            raise UserError(f"inference: this run routes every image to one of {len(self.router.tasks)} networks, which no "
+                            "single ViT is; export it as torchscript or onnx.")
         return self.betas[self.router.tasks[0]]
 
     def as_graph(self) -> nn.Module:

@@ -34,7 +34,7 @@ class _Choice:
 
 
 class KeyedQKV(nn.Module):
-    """A block's fused qkv, `x (W0 + sum_i c_i B_i A_i)^T + b` with coefficients of each image's key, which nothing is merged for.
+    """A block's fused qkv, `x (W0 + sum_i c_i B_i A_i)^T + b`, with the coefficients of each image's key; nothing is merged.
 
     c `[K, 2, R]`: `gate_scale * beta^(k)_i * alpha_i` of every rank-one term.
     """
@@ -51,7 +51,7 @@ class KeyedQKV(nn.Module):
         if self.choice.keys is None:
             return frozen
         c = self.c[self.choice.keys]  # [b, 2, R]
-        q, v = (F.linear(F.linear(x, self.A[p]) * c[:, None, p], self.B[p]) for p in range(2))  # (16, 197, 20) -> (16, 197, 768)
+        q, v = (F.linear(F.linear(x, self.A[p]) * c[:, None, p], self.B[p]) for p in range(2))  # (16, 197, 20) @ (20, 768)
         return frozen + torch.cat([q, torch.zeros_like(q), v], 2)
 
 
@@ -59,8 +59,8 @@ class RoutedGraph(nn.Module):
     """Images `[b, 3, S, S]` to logits `[b, classes]`, each image by the network of its key.
 
     betas: gate weights `[n]` of every key, in the order of the router's. classes: bool `[K, classes]`, those that compete for
-    the images of each key; None for all. Equal to the routed network up to rounding: weights are not merged, and the factors of
-    the keys' covariances are inverted beforehand, since not every format can solve.
+    the images of each key; None for all. Equal to the routed network up to rounding: weights are not merged, and the factors
+    of the keys' covariances are inverted beforehand, since not every format can solve.
     """
 
     @torch.no_grad()

@@ -37,8 +37,8 @@ _CHUNK = 64  # images at a time while a test split is read into memory
 class TestView:
     """How an image is seen when it is tested, whatever it comes from; a run's record keeps it.
 
-    size: S. test_resize: as in `Augmentation`. eight_bit: resized in 8-bit pixels, as files are, or in floating point, as images
-    held as tensors are. mean, std: per channel, to normalise with; None leaves 0..1.
+    size: S. test_resize: as in `Augmentation`. eight_bit: resized in 8-bit pixels, as files are, or in floating point, as
+    images held as tensors are. mean, std: per channel, to normalise with; None leaves 0..1.
     """
 
     __test__ = False  # for pytest, which takes the name for a test's
