@@ -68,10 +68,10 @@ def _classes(source: Source) -> str:
 def _metrics(source: Source) -> str:
     saved = source.saved
     found = summary([TaskCounts(**entry["counts"]) for entry in saved.result["tasks"][:saved.task + 1]])
-    rows = [("accuracy on the test images of all classes above", f"{found['last_accuracy']:.2f} %"),
-            ("mean of that over the tasks so far", f"{found['average_accuracy']:.2f} %")]
-    if found["forgetting"] is not None:
-        rows.append(("forgetting", f"{found['forgetting']:.2f} points"))
+    whole = [("accuracy on the test images of all classes above", found["last_accuracy"], "%"),
+             ("mean of that over the tasks so far", found["average_accuracy"], "%"),
+             ("forgetting", found["forgetting"], "points")]
+    rows = [(name, f"{value:.2f} {unit}") for name, value, unit in whole if value is not None]
     rows += [(f"accuracy on the classes of task {task}, all competing", f"{value:.2f} %")
              for task, value in enumerate(found["accuracy_matrix"][-1]) if value is not None]
     return "\n".join(["## Metrics", "", "As the run measured them.", "", "| measure | value |", "| --- | ---: |",

@@ -41,17 +41,19 @@ class Exported:
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported. call: the model name and arguments with which timm alone makes the backbone."""
+    """What is exported: the files of a run after a task, and the network from them."""
 
     saved: SavedRun
     network: SavedNetwork
 
     @property
     def classes(self) -> int:
+        """Columns of the logits."""
         return self.saved.result["tasks"][self.saved.task]["seen_classes"]
 
     @property
     def call(self) -> tuple[str, dict[str, Any]]:
+        """The model name and arguments with which timm alone makes the backbone."""
         named = self.saved.result["backbone"]
         name, arguments = with_timm_alone(named["name"])
         return (f"{name}.{named['tag']}" if named["tag"] else name), arguments
@@ -94,7 +96,8 @@ def _classifier(model: nn.Module, weight: Tensor, bias: Tensor) -> dict[str, Ten
 
 
 def _describe(model: nn.Module, source: Source) -> None:
-    """Writes into the model's own config what timm is to make of images and columns."""
+    """Writes into the model's own config what timm is to make of images and columns. What the config says of the weights that
+    timm has under that name, their licence among it, does not hold for these."""
     view = source.saved.test_view()
     model.pretrained_cfg = {
         **model.pretrained_cfg, "input_size": (3, view.size, view.size), "interpolation": "bicubic",
@@ -102,7 +105,8 @@ def _describe(model: nn.Module, source: Source) -> None:
         "crop_mode": "squash" if view.test_resize is None else "center",
         "mean": tuple(view.mean or (0.0,) * 3), "std": tuple(view.std or (1.0,) * 3),
         "num_classes": source.classes, "label_names": source.saved.class_names(), "label_descriptions": None,
-        "test_input_size": None, "test_crop_pct": None}
+        "test_input_size": None, "test_crop_pct": None, "tag": source.saved.result["backbone"]["tag"], "license": None,
+        "description": None, "origin_url": None, "paper_name": None, "paper_ids": None, "notes": None}
 
 
 # ---- peft

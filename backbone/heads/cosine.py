@@ -25,7 +25,7 @@ class CosineHead(GrowingHead):
             8.0, "Factor on the cosines at the start; trained with the first task, then fixed.", gt=0)
 
     kind = "cosine"
-    predicts = "F.linear(F.normalize(features), weight)"
+    predicts = "F.linear(F.normalize(features), weight, bias)"
     _ROWS = (*GrowingHead._ROWS, "scale")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:

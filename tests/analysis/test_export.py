@@ -96,8 +96,9 @@ def test_timm_loads_the_checkpoint_in_each_of_its_ways(gated: Path, tmp_path: Pa
         assert torch.allclose(model.eval()(images), expected, atol=1e-5)
         assert torch.allclose(whole.eval()(images), expected, atol=1e-5)
     found = timm.data.resolve_model_data_config(whole)
-    assert found["crop_mode"] == "squash" and found["mean"] == (0.0, 0.0, 0.0) and found["input_size"] == (3, 32, 32)
+    assert found["crop_mode"] == "squash" and tuple(found["mean"]) == (0.0, 0.0, 0.0) and found["input_size"] == (3, 32, 32)
     assert whole.pretrained_cfg["label_names"] == SavedRun(gated, 1).class_names()
+    assert "license" not in json.loads((out / "config.json").read_text())["pretrained_cfg"]  # of weights that are not these
 
 
 @pytest.mark.slow
@@ -190,12 +191,11 @@ def test_torchscript_of_one_network_holds_its_weights_once(gated: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_logits_for_any_number_of_images(gated: Path, routed: Path, means: Path, tmp_path: Path,
-                                                        monkeypatch) -> None:
+def test_onnx_gives_the_logits_for_any_number_of_images(gated: Path, routed: Path, tmp_path: Path, monkeypatch) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
     runtime = pytest.importorskip("onnxruntime")
-    for run, keys in ((gated, set()), (routed, {0, 1}), (means, set())):
+    for run, keys in ((gated, set()), (routed, {0, 1})):
         out = tmp_path / run.parent.name
         export(run, out, "onnx")
         session = runtime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
