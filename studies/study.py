@@ -143,7 +143,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -
         base, folder = Path(os.path.normpath(path.parent / file.base_of(variant))), root / name / f"seed_{seed}"
         given = {**read_base(base, source), **varied}
         given = {key: value for key, value in given.items() if value is not None or key not in varied}
-        places = {key: f"{source}, grid" if key in file.grid else f"{source}, variant '{variant}'" for key in varied}
+        places = {key: f"{source}, {file.place_of(key, variant)}" for key in varied}
         config = config_from_dict({**given, **fixed, "seed": [seed], "filepath": str(folder)}, escaped(str(base)),
                                   options={**places, **options})
         recorded = None if results is None else results / name / f"seed_{seed}.json"
@@ -154,8 +154,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -
 def _combinations(file: StudyFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, variant and changed keys of every run, seeds aside."""
     for variant in file.variants or [""]:
-        for values in itertools.product(*file.grid.values()):
-            point = dict(zip(file.grid, values, strict=True))
+        grid = file.grid_of(variant)
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
             parts = [variant] * bool(variant) + [f"{key}={_readable(value)}" for key, value in point.items()]
             yield ",".join(parts) or "base", variant, file.changes_of(variant) | point
 
