@@ -1,15 +1,18 @@
 """Command line: a finished task's network in a format that others can load without this repository.
 
-    python -m analysis.export runs/quickstart --to onnx exported/quickstart
+    python -m analysis.export runs/quickstart exported/quickstart --to onnx
 """
 
 import argparse
+import os
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from utils.errors import UserError
 
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of `| head` has gone; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     return 0
@@ -91,9 +96,10 @@ def _appearing(output: Path) -> Iterator[Path]:
     try:
         staged.mkdir(parents=True)
         yield staged
-        staged.replace(output)  # an empty folder gives way
-    except OSError as error:
-        raise UserError(f"OUT: '{output}' could not be written ({error.strerror or error}); name another folder.") from error
+        staged.replace(output.absolute())  # an empty folder gives way
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"OUT: '{output}' could not be written ({reason}); name another folder.") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

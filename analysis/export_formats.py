@@ -21,6 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from backbone.embedded import with_timm_alone
+from backbone.heads.linear import GrowingHead
 from models.artifacts import SavedNetwork, SavedRun
 from utils.errors import UserError
 from utils.rng import generator
@@ -52,6 +53,15 @@ class Source:
         return self.saved.result["tasks"][self.saved.task]["seen_classes"]
 
     @property
+    def head(self) -> GrowingHead:
+        """The head; raises UserError for one that only a graph can hold."""
+        head = self.network.head
+        if not isinstance(head, GrowingHead):
+            raise UserError(f"head: this run's {type(head).__name__} does not say how its tensors predict; export it as torchscript "
+                            "or onnx.")
+        return head
+
+    @property
     def call(self) -> tuple[str, dict[str, Any]]:
         """The model name and arguments with which timm alone makes the backbone."""
         named = self.saved.result["backbone"]
@@ -72,11 +82,10 @@ def to_timm(source: Source, folder: Path) -> Exported:
 
     Raises UserError for a network that is no single ViT, and a head that is no linear layer.
     """
-    vit, head, (name, arguments) = source.network.as_timm(), source.network.head, source.call
-    linear = head.as_linear() if hasattr(head, "as_linear") else None
+    vit, linear, (name, arguments) = source.network.as_timm(), source.head.as_linear(), source.call
     if linear is None:
-        raise UserError(f"head: a timm classifier is a linear layer, and no linear layer gives the logits of this run's "
-                        f"'{getattr(head, 'kind', type(head).__name__)}' head; export it as torchscript or onnx.")
+        raise UserError("head: a timm classifier is a linear layer, and no linear layer gives the logits of this run's "
+                        f"'{source.head.kind}' head; export it as torchscript or onnx.")
     model = timm.create_model(name, pretrained=False, num_classes=source.classes, **arguments)
     model.load_state_dict({**model.state_dict(), **vit.state_dict(), **_classifier(model, *linear)})
     _describe(model, source)
@@ -123,7 +132,7 @@ def to_peft(source: Source, folder: Path) -> Exported:
         source.network.as_timm()  # what it says of a network that is no ViT goes before
         raise UserError(f"--to peft: model_name '{source.saved.config.model_name}' has no adapters; export it as timm, or as "
                         "torchscript or onnx.")
-    weights = {task: bank.gate.scale * weight for task, weight in network.gate_weights().items()}
+    weights, head = {task: bank.gate.scale * weight for task, weight in network.gate_weights().items()}, source.head
     known, base = _base(source, folder)
     for number, task in enumerate(bank.tasks):
         place = folder / f"adapter_{task}"
@@ -135,7 +144,6 @@ def to_peft(source: Source, folder: Path) -> Exported:
                   "inference_mode": True}
         (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         _write_safetensors(place / "adapter_model.safetensors", tensors)
-    head = network.head
     _write_safetensors(folder / "head.safetensors", head.to_file())
     names = [f"adapter_{task}" for task in bank.tasks]
     more = "".join(f'model.load_adapter("{each}", adapter_name="{each}")\n' for each in names[1:])
@@ -193,17 +201,22 @@ def to_torchscript(source: Source, folder: Path) -> Exported:
 def to_onnx(source: Source, folder: Path) -> Exported:
     """`model.onnx`: `images` to `logits`, for any number of images; routing included. Run with onnxruntime before it is kept.
 
-    Weights of more than a file can hold go to `model.onnx.data`. Raises UserError for a missing package.
+    Weights of more than a file can hold go to `model.onnx.data`. Raises UserError for a missing package, and a network that
+    torch's exporter cannot express.
     """
     _need("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     graph, path = _graph(source), folder / "model.onnx"
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
-    with torch.no_grad(), _quiet():
-        made = torch.onnx.export(graph, (source.images(3),), dynamo=True, input_names=["images"], output_names=["logits"],
-                                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False)
-        made.save(str(path), external_data=size > _FILE_LIMIT)
+    try:
+        with torch.no_grad(), _quiet():
+            made = torch.onnx.export(graph, (source.images(3),), dynamo=True, input_names=["images"], output_names=["logits"],
+                                     dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False)
+            made.save(str(path), external_data=size > _FILE_LIMIT)
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(f"--to onnx: torch {torch.__version__} cannot express this network in ONNX ({type(error).__name__}); "
+                        "export it as torchscript.") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     difference = _compared("onnx", source, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
     load = ('import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n'

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,13 +106,17 @@ class SavedRun:
         The record of an older run has none: they are taken from its split.json, and without that the data set's own numbers of
         the classes stand for them.
         """
-        numbers, names = self.result["class_order"], self.result.get("class_names")
-        split = self.folder / "split.json"
-        if names is None and split.is_file():
-            record = json.loads(split.read_bytes())
-            names = record["class_names"] if record.get("sha256") == self.result.get("split_sha256") else None
-        names = [f"class {number}" for number in numbers] if names is None else names
+        names = self.result.get("class_names") or self._names_in_split() or [
+            f"class {number}" for number in self.result["class_order"]]
         return names[:self.result["tasks"][self.task]["seen_classes"]]
+
+    def _names_in_split(self) -> list[str] | None:
+        """The names in split.json, None where that is not the run's or not there."""
+        with suppress(OSError, ValueError, KeyError, AttributeError):
+            record = json.loads((self.folder / "split.json").read_bytes())
+            if record["sha256"] == self.result.get("split_sha256"):
+                return record.get("class_names")
+        return None
 
     def test_view(self) -> TestView:
         """How the run has seen its test images. An older record does not say it: that of its data set's files, then."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import trainer
 from analysis import export_formats
-from analysis.export import export, main
+from analysis.export import NAMES, export, main
 from analysis.export_formats import FORMATS, Source, fused_lora
 from backbone.embedded import EMBEDDED, with_timm_alone
 from backbone.heads import HEADS
@@ -313,6 +313,18 @@ def test_a_folder_that_holds_anything_is_left_as_it_is(gated: Path, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     export(gated, tmp_path / "empty", "timm")
     assert (tmp_path / "empty" / "README.md").is_file()
+
+
+def test_the_command_line_knows_every_format_and_a_foreign_head_goes_as_a_graph(gated: Path, tmp_path: Path) -> None:
+    assert tuple(FORMATS) == NAMES
+    network = load_network(gated, 1)
+    network.head = torch.nn.Linear(128, 4).requires_grad_(False)
+    source = Source(SavedRun(gated, 1), network)
+    for to in ("timm", "peft"):
+        with pytest.raises(UserError, match="this run's Linear does not say how its tensors predict"):
+            FORMATS[to](source, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert FORMATS["torchscript"](source, tmp_path).difference < 1e-5
 
 
 def test_runs_and_tasks_that_are_not_there_are_named(gated: Path, tmp_path: Path) -> None:

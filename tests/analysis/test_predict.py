@@ -1,6 +1,7 @@
 """analysis/predict.py: what it says of an image is what the run's evaluation made of it."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from PIL import Image
 import trainer
 from analysis.finished import open_network
 from analysis.predict import image_files, main, predict
+from models.artifacts import SavedRun
 from tests.data_files import write_class_folders
 from tests.helpers import ROOT, small_config
 from utils.data import load_dataset
 from utils.errors import UserError
+from utils.runs.files import read_sealed_json, write_sealed_json
 
 OLD = ROOT / "tests" / "models" / "old_run"
 ROUTED = {"gate_prior": "shift", "inference": "routed", "gate_price": 0.01}
@@ -89,6 +92,16 @@ def test_the_command_prints_names_probabilities_and_adapters(run: Path, photos: 
     assert len(lines) == 4 and all(re.fullmatch(r" +\d+\.\d\d %  \d", line) for line in lines[2:])
     assert main([str(run), str(image), "--task", "0", "--device", "cpu"]) == 0
     assert "after task 0, 2 classes" in capsys.readouterr().out
+
+
+def test_names_of_an_older_record_come_from_its_split(run: Path, tmp_path: Path) -> None:
+    record = read_sealed_json(run / "results.json")
+    write_sealed_json(tmp_path / "results.json", {key: value for key, value in record.items() if key != "class_names"})
+    assert SavedRun(tmp_path).class_names()[0] == f"class {record['class_order'][0]}"
+    shutil.copy(run / "split.json", tmp_path)
+    assert SavedRun(tmp_path).class_names() == record["class_names"]
+    write_sealed_json(tmp_path / "results.json", {**record, "class_names": None, "split_sha256": "another run's"})
+    assert SavedRun(tmp_path).class_names()[0] == f"class {record['class_order'][0]}"
 
 
 def test_a_record_without_names_is_answered_with_numbers(photos: tuple[Path, Path]) -> None:
