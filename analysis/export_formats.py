@@ -57,8 +57,8 @@ class Source:
         """The head; raises UserError for one that only a graph can hold."""
         head = self.network.head
         if not isinstance(head, GrowingHead):
-            raise UserError(f"head: this run's {type(head).__name__} does not say how its tensors predict; export it as torchscript "
-                            "or onnx.")
+            raise UserError(f"head: this run's {type(head).__name__} does not say how its tensors predict; export it as "
+                            "torchscript or onnx.")
         return head
 
     @property
