@@ -225,6 +225,7 @@ class Run:
             "code": code_version(), "hardware": hardware(self.device), "environment": environment(),
             "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
+            "class_names": self.data.class_names, "test_view": asdict(self.data.test_view()),
             "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
         LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
                     f"{identity.name} on {', '.join(self.result['hardware']['devices'])}, in {self.folder}")

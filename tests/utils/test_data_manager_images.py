@@ -1,5 +1,7 @@
 """utils/data_manager.py: where images are kept, what is done about bad ones, the record of a split, parts of a batch."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from tests.data_files import epoch, manager, tensor_dataset, views, write_cifar100, write_class_folders, write_domainnet
 from utils.data import Dataset, load_dataset
 from utils.data.readers import PathReader
-from utils.data.sources import DecodedSource, FileSource
+from utils.data.sources import DecodedSource, FileSource, TestView
 from utils.data_manager import DataManager
 from utils.errors import UserError
 
@@ -178,3 +180,15 @@ def test_a_part_may_be_empty_altogether() -> None:
     assert batches == []
     (images, labels), = manager(tensor_dataset()).eval_batches("test", range(1), 4, (3, 4))
     assert images.shape == (0, 3, 16, 16) and labels.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "files"])
+def test_the_view_that_a_record_keeps_is_that_of_the_evaluation(kind: str, folders: Dataset) -> None:
+    """To the bit, by way of JSON, for images of any size."""
+    data = manager(tensor_dataset(6) if kind == "tensors" else folders, mean_std=((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    view = TestView(**json.loads(json.dumps(asdict(data.test_view()))))
+    images, _ = views(data, "test", data.task_classes(0))
+    stored, labels = data.dataset.test.images, data.dataset.test.labels
+    chosen = [image for label in data.task_classes(0) for image in np.flatnonzero(labels == data.class_order[label])]
+    raw = [stored[image] if kind == "tensors" else PathReader(stored).read(int(image)) for image in chosen]
+    assert torch.equal(torch.stack([view(image) for image in raw]), images)
