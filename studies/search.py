@@ -89,7 +89,7 @@ class Search:
                 current.summed += accuracy
                 current.attempt.report(current.summed, current.step)
                 current.reported, current.step = current.reported + 1, current.step + 1
-                current.hopeless |= current.attempt.should_prune()
+                current.hopeless |= current.step < self._steps() and current.attempt.should_prune()
         return current.hopeless
 
     def ended(self, run: StudyRun, record: dict[str, Any] | None, failure: str) -> str:
@@ -202,6 +202,11 @@ class Search:
                 search.tell(current.attempt, [statistics.mean(figures) for figures in values])
         del self.current[f"trial_{current.number}"]
         current.held.release()
+
+    def _steps(self) -> int:
+        """How many accuracies a complete trial has reported; one that has as many is no longer worth stopping."""
+        return max((len(attempt.intermediate_values) for attempt in self.book.attempts().values()
+                    if attempt.state.name == "COMPLETE"), default=0)
 
     def _fail(self, attempt: "optuna.Trial", reason: str) -> None:
         attempt.set_user_attr("failure", reason)

@@ -111,16 +111,20 @@ def table(study: Study, trials: Sequence[Trial]) -> list[str]:
     keys, measures = list(study.space.items), study.file.measure
     rows = [["trial", *keys, *measures, "state"]]
     for trial in trials:
-        values = [show(trial.values[key]) if key in trial.values else "-" for key in keys]
+        values = [_text(trial.values[key]) if key in trial.values else "-" for key in keys]
         figures = [f"{value:.2f}" if value % 1 else f"{value:.0f}" for value in trial.measured or []] or ["-"] * len(measures)
         rows.append([str(trial.number), *values, *figures, f"{trial.state} {trial.note}".strip()])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row[:-1], widths)) + f"  {row[-1]}" for row in rows]
     for trial in best(trials, measures):
-        shown = ", ".join(f"{key}={show(value)}" for key, value in trial.values.items())
+        shown = ", ".join(f"{key}={_text(value)}" for key, value in trial.values.items())
         figures = ", ".join(f"{name} {value:.2f}" for name, value in zip(measures, trial.measured, strict=True))
         lines.append(f"{'Best' if len(measures) == 1 else 'On the front'}: trial {trial.number}, {figures} ({shown})")
     return lines + list(_reported(study, trials))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else show(value)
 
 
 def _reported(study: Study, trials: Sequence[Trial]) -> Iterator[str]:
