@@ -32,7 +32,7 @@ CLUSTER = "slurm"  # as submitit calls it; the tests also use its local and debu
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A command for a job. log: where it prints; the job's number lies beside it. run: what the command makes, None for a
     process of a search."""

@@ -139,7 +139,7 @@ def _reported(study: Study, trials: Sequence[Trial]) -> Iterator[str]:
             values = [value for record in records if (value := measured(record, measure)) is not None]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             parts.append(f"{measure} {statistics.mean(values):.2f}{spread}" if values else f"no {measure}")
-        yield f"Reported: {name} on {len(records)} seeds, {', '.join(parts)}"
+        yield f"Reported: {name} on {len(records)} seed{'s' * (len(records) != 1)}, {', '.join(parts)}"
 
 
 class Book:

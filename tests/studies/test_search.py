@@ -62,7 +62,7 @@ for task in range(3):
     record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (folder / "part").write_text(json.dumps(record))
     os.replace(folder / "part", folder / "results.json")
-    end = time.time() + {"slow": 0.5, "hang": 1e9}.get(deed, 0)
+    end = time.time() + {"slow": 0.3, "hang": 1e9}.get(deed, 0)
     while time.time() < end and not stopped and not (Path(os.environ["TEMPLATE"]).parent / "go").exists():
         time.sleep(0.01)
     if stopped:
@@ -281,7 +281,7 @@ def test_two_measures_have_a_front_in_any_database(tmp_path: Path, stand_in: Pat
 
 @pytest.mark.slow
 def test_hopeless_trials_are_pruned_on_falling_curves(tmp_path: Path, stand_in: Path) -> None:
-    """Every run has 0.5 s after each task; of the trials after the fifth, those below the median end before their last."""
+    """Every run has 0.3 s after each task; of the trials after the fifth, those below the median end before their last."""
     path = write_search(tmp_path, {"prefix": "slow"}, trials=12, jobs=6)
     assert run(path) == 0
     pruned = [trial for trial in trials_of(path) if trial.state == "pruned"]
@@ -349,7 +349,7 @@ sys.exit(main.main(["--config", sys.argv[2]]))
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_twenty_trials_by_two_processes_one_of_them_killed(tmp_path: Path, stand_in: Path, capsys) -> None:
     """The other makes up for the trial of the killed one, in its folder; the table names the best of twenty."""
-    count = 20 if LONG else 8
+    count = 20 if LONG else 7
     path = write_search(tmp_path, {"prefix": "slow"}, trials=count, report_seed=3)
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(stand_in), str(path)], cwd=ROOT, text=True,
                                 stdout=subprocess.PIPE) for _ in range(2)]
@@ -386,7 +386,7 @@ def test_the_comparison_reads_a_search(tmp_path: Path, stand_in: Path, capsys) -
 @pytest.mark.slow
 def test_a_search_with_main_itself(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = write_search(tmp_path, {"eval_every": 0, "nb_tasks": 2}, search={"gate": ["none", "gumbel_sparsemax"]}, trials=2)
+    path = write_search(tmp_path, {"eval_every": 0, "nb_tasks": 2}, search={"gate": ["none", "gumbel_sparsemax"]}, trials=1)
     assert run(path) == 0
     study = load_study(path)
     assert all(trial.state == "complete" for trial in trials_of(path))
