@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 PREEMPTED = 75  # what a run exits with that was told of its preemption and has saved (utils/runs/signals.py)
+GRACE_SECONDS = 600  # the longest that Slurm may leave between SIGTERM and the end of a job
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -58,7 +60,8 @@ class Job:
 
     When the job is to be preempted or its time is up, submitit calls `checkpoint` and has the same job queued again: the run
     saves and ends, and the next call goes on from what it saved. A run that was told of it by Slurm itself, and left with
-    `PREEMPTED`, is treated alike.
+    `PREEMPTED`, is treated alike. After SIGTERM, which the run answers by saving too, the job waits for Slurm to end it: it
+    is either cancelled, or preempted by Slurm, which queues it again by itself if it has not ended by then.
     """
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
@@ -66,19 +69,24 @@ class Job:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
+        in_job = callable(signal.getsignal(signal.SIGUSR2))  # submitit listens, but for its debug executor
+        ending: list[int] = []
+        if in_job:
+            signal.signal(signal.SIGTERM, lambda number, frame: ending.append(number))
         self.process = start(self.command, self.log, cores())
         self._wait()
         status = self.process.wait()
-        if status == PREEMPTED:
-            if callable(signal.getsignal(signal.SIGUSR2)):  # not under submitit's debug executor, which requeues nothing
-                signal.raise_signal(signal.SIGUSR2)
+        if in_job and status == PREEMPTED:
+            signal.raise_signal(signal.SIGUSR2)
+        if ending and status:
+            time.sleep(GRACE_SECONDS)
         return status
 
     def checkpoint(self) -> "DelayedSubmission":
         """Has the run save and end; what submitit is to run in the next job."""
         from submitit.helpers import DelayedSubmission
 
-        if self.process is not None:
+        if self.process is not None and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGUSR1)
             self._wait()

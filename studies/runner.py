@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from studies import job, local, slurm
+from studies.book import Book, discard
 from studies.search import Search
 from studies.study import Study, StudyRun
-from studies.trials import Book, discard, known_trials, table
+from studies.trials import known_trials, table
 from utils.config import config_warnings
 from utils.config.rules import show
 from utils.errors import UserError

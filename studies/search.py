@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from studies.book import CLAIM, Book, Trial, alone, claim, import_optuna, is_free
 from studies.study import Study, StudyRun
-from studies.trials import CLAIM, Book, Trial, alone, claim, import_optuna, is_free, measured, report_runs, trial_runs
+from studies.trials import measured, report_runs, trial_runs
 from utils.config.rules import show
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json
@@ -168,13 +169,17 @@ class Search:
         open_ = [run for run in runs if run.folder not in self.tried and not run.record()]
         self.complete = not open_ and not self.reports
         for run in open_:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            if is_free(run.folder / LOCK_FILE) and (held := claim(run.folder.with_name(f"{run.folder.name}.{CLAIM}"))):
-                self.reports[run.folder] = held
-                self.tried.add(run.folder)
-                self.ready.append(run)
-                self.looked = float("-inf")
-                return
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            if (held := claim(run.folder.with_name(f"{run.folder.name}.{CLAIM}"))) is None:
+                continue
+            if not is_free(run.folder / LOCK_FILE):  # by the run of a process that died, until it has saved
+                held.release()
+                continue
+            self.reports[run.folder] = held
+            self.tried.add(run.folder)
+            self.ready.append(run)
+            self.looked = float("-inf")
+            return
 
     # ---- what has come out
 

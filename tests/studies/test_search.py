@@ -23,9 +23,10 @@ pytest.importorskip("optuna", reason="searches need optuna (pip install optuna)"
 import main as command
 from analysis.compare import main as compare
 from studies import search as search_module
+from studies.book import Trial
 from studies.study import Study, load_study
 from studies.study import main as study_command
-from studies.trials import Trial, best, known_trials
+from studies.trials import best, known_trials
 from tests.helpers import ROOT, SMALL, true_record
 from utils.errors import UserError
 from utils.runs.progress import LOGGER

@@ -33,7 +33,8 @@ from pathlib import Path
 config = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 folder, deed = Path(config["filepath"]), config["prefix"]
 stopped = []
-signal.signal(signal.SIGUSR1, lambda number, frame: stopped.append(number))
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: stopped.append(number))
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(config))
 went_on = (folder / "saved").exists()
@@ -46,7 +47,7 @@ while deed == "hang" and not went_on and not stopped and not (folder.parent / "g
     time.sleep(0.01)
 if stopped:
     (folder / "saved").touch()
-    sys.exit(75)
+    sys.exit({signal.SIGUSR1: 75, signal.SIGTERM: 143}[stopped[0]])
 record = {"finished": True, "config": config, "seed": config["seed"][0], "went_on": went_on, "tasks": [{}],
           "threads": os.environ["OMP_NUM_THREADS"], "metrics": {"last_accuracy": 50.0, "top1_curve": [50.0]}}
 record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -239,6 +240,24 @@ def test_a_preempted_run_saves_and_goes_on_in_the_next_job(deed: str, tmp_path: 
     (one,) = load_study(path).runs()
     if deed == "hang":
         when((one.folder / "pid").exists, lambda: os.kill(int(next(cluster.glob("pid_*")).read_text()), signal.SIGUSR2))
+    assert run(path) == 0
+    assert one.own_record()["went_on"] and len(scripts(cluster)) == 1
+
+
+@pytest.mark.slow
+def test_slurm_may_preempt_by_itself(tmp_path: Path, stand_in: Path, cluster: Path) -> None:
+    """SIGTERM to every process of the job; once the run has saved Slurm ends the job and queues it again."""
+    path = write_study(tmp_path, {"prefix": "hang"}, seed=1)
+    (one,) = load_study(path).runs()
+
+    def preempt() -> None:
+        (file,) = cluster.glob("pid_*")
+        for pid in (file.read_text(), (one.folder / "pid").read_text()):
+            os.kill(int(pid), signal.SIGTERM)
+        when((one.folder / "saved").exists, lambda: (
+            (cluster / file.name.replace("pid", "requeue")).touch(), os.kill(int(file.read_text()), signal.SIGKILL)))
+
+    when((one.folder / "pid").exists, preempt)
     assert run(path) == 0
     assert one.own_record()["went_on"] and len(scripts(cluster)) == 1
 
