@@ -7,7 +7,7 @@ here is the newest of its attempts and has the number of the first.
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from studies.study import Study
+from utils.config import Config
 from utils.config.rules import escaped
 from utils.errors import UserError
 from utils.runs import folder as run_folder
@@ -54,25 +55,25 @@ class Book:
 
     @classmethod
     def open(cls, study: Study) -> "Book | None":
-        """The search as it stands; None where it has not begun. Writes nothing. Raises UserError."""
-        place = _storage_of(study)
-        file = Path(place.removeprefix("sqlite:///")) if place.startswith("sqlite:///") else place
-        if (isinstance(file, Path) or "://" not in place) and not Path(file).exists():
+        """The search as it stands; None where it has not begun. Writes nothing. Raises UserError where the storage cannot be
+        read, or holds another search of this name."""
+        if not _may_be_there(study):
             return None
         optuna = import_optuna()
-        try:
-            with _sentences(study):
-                return cls(study, optuna.load_study(study_name=study.name, storage=_storage(place)))
-        except KeyError:
-            return None
+        with sentences(study, opening=True):
+            try:
+                book = cls(study, optuna.load_study(study_name=study.name, storage=_storage(_storage_of(study))))
+            except KeyError:
+                return None
+            book._compare()
+        return book
 
     @classmethod
     def begin(cls, study: Study) -> "Book":
         """The search, made where there is none. Raises UserError where the storage holds another one of this name, or one that
         keeps its runs in another folder."""
         optuna = import_optuna()
-        study.filepath.mkdir(parents=True, exist_ok=True)
-        with alone(study), _sentences(study):
+        with alone(study), sentences(study, opening=True):
             number = len(study.file.measure)
             search = optuna.create_study(
                 study_name=study.name, storage=_storage(_storage_of(study)), load_if_exists=True,
@@ -114,25 +115,36 @@ class Book:
         return Trial(number, "running" if name == "RUNNING" else "waiting", values)
 
     def _settle(self) -> None:
-        """Writes down what the search is, or compares with what is written."""
-        study = self.study
-        config = study.run_of("trial", next(study.space.extremes()), study.file.seed[0]).config
-        now = {"search": study.file.search, "measure": study.file.measure, "seed": study.file.seed}
-        token, attrs = study.filepath / "search.id", self.search.user_attrs
+        """Writes down what the search is, or else compares, also with the folder that it keeps its runs in."""
+        token, attrs = self.study.filepath / "search.id", self.search.user_attrs
+        self._compare()
         if "folder" not in attrs:
-            folder = secrets.token_hex(8)
-            write_json(token, folder)
-            for key, value in {"settings": now, "config": config.model_dump(mode="json"), "folder": folder}.items():
+            settings, config = self._settings()
+            attrs = {"settings": settings, "config": config.model_dump(mode="json"), "folder": secrets.token_hex(8)}
+            write_json(token, attrs["folder"])
+            for key, value in attrs.items():
                 self.search.set_user_attr(key, value)
-            return
-        if not token.exists() or json.loads(token.read_text()) != attrs["folder"]:
-            raise UserError(f"filepath: '{study.filepath}' is not the folder of the search '{study.name}' in its storage; all "
-                            "processes of a search share one folder. Name that one, or start over with --overwrite.")
-        different = [key for key in now if now[key] != attrs["settings"].get(key)]
-        shown = " and ".join(f"'{key}'" for key in different) or run_folder.differences(attrs["config"], config, "storage")
+        elif not token.exists() or json.loads(token.read_text()) != attrs["folder"]:
+            raise UserError(f"filepath: '{self.study.filepath}' is not the folder of the search '{self.study.name}' in its "
+                            "storage; all processes of a search share one folder. Name that, or start over with --overwrite.")
+
+    def _compare(self) -> None:
+        """Raises UserError if the storage says that the search is another one."""
+        attrs, (settings, config) = self.search.user_attrs, self._settings()
+        if "folder" in attrs:
+            different = " and ".join(f"'{key}'" for key in settings if settings[key] != attrs["settings"].get(key))
+            shown = different or run_folder.differences(attrs["config"], config, "storage")
+        else:
+            shown = "its trials, which no study has made" if self.search.get_trials(deepcopy=False) else ""
         if shown:
-            raise UserError(f"{escaped(str(study.path))}: the search '{study.name}' has begun with another setting, different "
-                            f"in {shown}; rename the file, or start over with --overwrite.")
+            raise UserError(f"{escaped(str(self.study.path))}: the search '{self.study.name}' has begun with another setting, "
+                            f"different in {shown}; rename the file, or start over with --overwrite.")
+
+    def _settings(self) -> tuple[dict[str, Any], Config]:
+        """What may not change once a search has begun, and a config that it can draw."""
+        study = self.study
+        settings = {"search": study.file.search, "measure": study.file.measure, "seed": study.file.seed}
+        return settings, study.run_of("trial", next(study.space.extremes()), study.file.seed[0]).config
 
 
 def import_optuna() -> ModuleType:
@@ -151,6 +163,7 @@ def alone(study: Study) -> Iterator[None]:
     """Of all processes of a search one at a time is in here."""
     held = FileLock(study.filepath / "search.lock")
     try:
+        study.filepath.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except OSError as error:
         raise UserError(f"filepath: '{study.filepath}' cannot be locked ({error.strerror or error}), which the processes of a "
@@ -182,20 +195,25 @@ def is_free(path: Path) -> bool:
 
 
 def discard(study: Study) -> None:
-    """Takes the search out of its storage; raises UserError while a process works on it."""
-    book = Book.open(study)
-    if book is None:
+    """Takes the search out of its storage, whatever it is; raises UserError while a process works on it."""
+    if not _may_be_there(study):
         return
-    study.filepath.mkdir(parents=True, exist_ok=True)
-    with alone(study), _sentences(study):
-        for trial in book.trials():
-            if not is_free(study.filepath / f"trial_{trial.number}" / CLAIM):
-                raise UserError(f"filepath: '{study.filepath}' is in use by another process of the search; stop it first.")
-        import_optuna().delete_study(study_name=study.name, storage=_storage(_storage_of(study)))
+    optuna = import_optuna()
+    with alone(study), sentences(study, opening=True):
+        if not all(map(is_free, study.filepath.glob(f"trial_*/{CLAIM}"))):
+            raise UserError(f"filepath: '{study.filepath}' is in use by another process of the search; stop it first.")
+        with suppress(KeyError):
+            optuna.delete_study(study_name=study.name, storage=_storage(_storage_of(study)))
 
 
 def _storage_of(study: Study) -> str:
     return study.file.storage or str(study.filepath / "search.journal")
+
+
+def _may_be_there(study: Study) -> bool:
+    """Whether the storage is a file that exists, or something that has to be asked."""
+    file = _storage_of(study).removeprefix("sqlite:///")
+    return "://" in file or Path(file).exists()
 
 
 def _storage(place: str) -> Any:
@@ -211,13 +229,14 @@ def _storage(place: str) -> Any:
 
 
 @contextmanager
-def _sentences(study: Study) -> Iterator[None]:
-    """What a storage refuses, in one sentence."""
+def sentences(study: Study, opening: bool = False) -> Iterator[None]:
+    """What the storage refuses, in one sentence. opening: also what a driver, a journal or a path may raise."""
     try:
         yield
-    except (UserError, KeyError):
-        raise
-    except Exception as error:  # whatever the database's driver raises
+    except Exception as error:
+        theirs = type(error).__module__.partition(".")[0] in ("optuna", "sqlalchemy")
+        if isinstance(error, UserError) or not (theirs or opening and isinstance(error, (ImportError, OSError, ValueError))):
+            raise
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"storage: '{escaped(_storage_of(study))}' cannot be used ({escaped(line)}); mend that, or name "
                         "another 'storage'.") from error

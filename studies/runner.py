@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from studies import job, local, slurm
-from studies.book import Book, discard
+from studies.book import Book, discard, sentences
 from studies.search import Search
 from studies.study import Study, StudyRun
 from studies.trials import known_trials, table
@@ -112,7 +112,8 @@ def _search(study: Study, command: Sequence[str], dry_run: bool, overwrite: bool
         failures = _search_in_jobs(study, command)
     else:
         search = Search(study)
-        local.carry_out(search, study.jobs, command)
+        with sentences(study):
+            local.carry_out(search, study.jobs, command)
         failures = search.failures
     for line in table(study, known_trials(study)):
         LOGGER.info(line)

@@ -187,11 +187,12 @@ class Study:
             raise UserError(f"{self.path}: has no 'results', the folder to collect records in; add it to the study.")
         have = {run.recorded for run in self.runs() if run.committed_record()}
         finished = [run for run in self.runs() if run.own_record()]
-        for run in finished:
+        for folder in [self.results, *(run.recorded.parent for run in finished)]:
             try:
-                run.recorded.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"results: the folder '{run.recorded.parent}' cannot be made ({error.strerror}).") from error
+                raise UserError(f"results: the folder '{folder}' cannot be made ({error.strerror}).") from error
+        for run in finished:
             write_bytes(run.recorded, (run.folder / "results.json").read_bytes())
         if self.file.search:
             from studies.trials import collect_trials

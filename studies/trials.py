@@ -68,7 +68,6 @@ def known_trials(study: Study) -> list[Trial]:
 
 def collect_trials(study: Study) -> None:
     """Writes the trials into the study's `results`."""
-    study.results.mkdir(parents=True, exist_ok=True)
     write_json(study.results / COMMITTED, [dataclasses.asdict(trial) for trial in known_trials(study)])
 
 

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("optuna", reason="searches need optuna (pip install optuna)")
 
 import main as command
 from analysis.compare import main as compare
 from studies import search as search_module
-from studies.book import Trial
+from studies.book import CLAIM, Trial
 from studies.study import Study, load_study
 from studies.study import main as study_command
 from studies.trials import best, known_trials
@@ -223,6 +224,23 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(storage: str, tmp_path: P
     assert run(write_search(tmp_path, storage=storage)) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: storage: ") and storage in err and err.count("\n") == 1
+
+
+def test_what_is_in_the_way_is_one_sentence(tmp_path: Path, stand_in: Path, capsys) -> None:
+    """A file in place of the folder; another process at work; a study of Optuna's own."""
+    import optuna
+
+    runs, path = tmp_path / "runs", write_search(tmp_path)
+    runs.touch()
+    assert run(path) == 2 and "cannot be locked" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    runs.unlink()
+    path = write_search(tmp_path, storage=f"sqlite:///{tmp_path / 'search.db'}")
+    optuna.create_study(study_name="study", storage=f"sqlite:///{tmp_path / 'search.db'}").enqueue_trial({"x": 1})
+    assert run(path, "--dry-run") == 2 and "no study has made" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    (runs / "trial_0").mkdir(parents=True)
+    with FileLock(runs / "trial_0" / CLAIM):
+        assert run(path, "--overwrite") == 2
+    assert "in use by another process" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 # ---- trials, with a stand-in for main.py
