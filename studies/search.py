@@ -87,7 +87,7 @@ class Search:
             current.changed = changed
             curve = read_sealed_json(path)["metrics"]["top1_curve"]
             for accuracy in curve[current.reported:]:
-                current.summed += accuracy
+                current.summed += accuracy or 0.0  # None without test images
                 current.attempt.report(current.summed, current.step)
                 current.reported, current.step = current.reported + 1, current.step + 1
                 current.hopeless |= current.step < self._steps() and current.attempt.should_prune()
@@ -133,7 +133,8 @@ class Search:
             elif name != "FAIL" or ("failure" in attempt.user_attrs and not failed):
                 continue
             if attempt.params:
-                LOGGER.info(f"Trial {number} is queued again: its {'runs failed' if failed else 'process ended'}")
+                why = "runs failed" if "failure" in attempt.user_attrs else "process ended"
+                LOGGER.info(f"Trial {number} is queued again: its {why}")
                 search.enqueue_trial(attempt.params, user_attrs={"first": number})
 
     def _is_nobodys(self, number: int) -> bool:

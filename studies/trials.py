@@ -47,10 +47,10 @@ def report_runs(study: Study, trials: Sequence[Trial]) -> list[StudyRun]:
 
 
 def search_runs(study: Study) -> list[StudyRun]:
-    """Every run of a search so far, those of the chosen setting first."""
+    """Every run of a search so far, those of the chosen setting first. Failed trials, which may be no config, have none."""
     trials = known_trials(study)
-    return [*report_runs(study, trials),
-            *(run for trial in trials if trial.same_as is None for run in trial_runs(study, trial))]
+    made = [trial for trial in trials if trial.same_as is None and trial.state != "failed"]
+    return [*report_runs(study, trials), *(run for trial in made for run in trial_runs(study, trial))]
 
 
 def known_trials(study: Study) -> list[Trial]:
