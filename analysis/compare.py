@@ -64,7 +64,7 @@ def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None =
         names = [method.name for stream in streams for method in stream.methods]
         raise UserError(f"--baseline: no method is called '{baseline}'; choose one of {', '.join(dict.fromkeys(names))}."
                         f"{nearest(baseline, names)}")
-    _make(output)
+    make_folder(output)
     pictures = [write_pictures(stream, output) for stream in streams]
     page = tables.page(streams, found, baselines, margin, pictures, command)
     texts = {"comparison.md": page, "comparison.csv": tables.runs_csv(streams), "summary.csv": tables.summary_csv(streams),
@@ -111,7 +111,8 @@ def _labels(given: Sequence[str]) -> dict[Path, str]:
     return labels
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes the folder that `--output` names, or raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

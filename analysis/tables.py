@@ -53,7 +53,7 @@ def means_table(stream: Stream) -> str:
     """One row per method: seeds, then mean ± standard deviation of every measure."""
     measures = measures_of(stream.methods)
     header = ["method", "seeds", *(measure.heading for measure in measures)]
-    return _table(header, [[method.name, str(len(method.runs)), *(_mean_text(method, measure) for measure in measures)]
+    return markdown(header, [[method.name, str(len(method.runs)), *(_mean_text(method, measure) for measure in measures)]
                            for method in stream.methods])
 
 
@@ -71,11 +71,11 @@ def difference_table(stream: Stream, baseline: Method, measure: Measure, margin:
             continue
         digits = measure.digits
         bounds = MISSING if result.low is None else f"{result.low:+,.{digits}f} to {result.high:+,.{digits}f}"
-        row = [method.name, str(result.n), _signed(result, digits), bounds, _p(result.t_p),
-               f"{_p(result.wilcoxon_p)} ({_p(result.wilcoxon_smallest_p)})"]
+        row = [method.name, str(result.n), _signed(result, digits), bounds, p_text(result.t_p),
+               f"{p_text(result.wilcoxon_p)} ({p_text(result.wilcoxon_smallest_p)})"]
         row += [_verdict(result.no_worse_p), _verdict(result.equal_p)] if measure.has_margin else []
         rows.append([*row, result.note])
-    return _table([*header, "note"], rows)
+    return markdown([*header, "note"], rows)
 
 
 def runs_csv(streams: Sequence[Stream]) -> str:
@@ -176,7 +176,8 @@ def _signed(result: Paired, digits: int) -> str:
     return text if result.sd is None else f"{text} ± {result.sd:,.{digits}f}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p value to four digits."""
     if value is None:
         return MISSING
     return "<0.0001" if value < 0.0001 else ">0.9999" if 0.99995 <= value < 1 else f"{value:.4f}"
@@ -185,14 +186,14 @@ def _p(value: float | None) -> str:
 def _verdict(value: float | None) -> str:
     if value is None:
         return MISSING
-    return f"{'yes' if value < SIGNIFICANT else 'not shown'} (p {_p(value)})"
+    return f"{'yes' if value < SIGNIFICANT else 'not shown'} (p {p_text(value)})"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table padded to be read as plain text: words to the left, figures to the right."""
     cells = [[_cell(cell) for cell in row] for row in [header, *rows]]
     if not any(row[-1] for row in cells[1:]):  # a column of notes without a note

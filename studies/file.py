@@ -17,6 +17,7 @@ from utils.errors import UserError, nearest
 
 # Config keys that the study settles for every run (the device: its base, or --device), so that nothing in it may vary them.
 _SETTLED = ("seed", "filepath", "device")
+_OF_A_VARIANT = ("base", "grid")  # keys of a study that a variant may have too
 _MARKS = ("base", "variants", "grid", "search", "jobs")  # keys that only a study has
 _OF_SEARCHES = ("trials", "measure", "report_seed", "prune", "storage")  # without effect where nothing is searched
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
@@ -53,7 +54,8 @@ class StudyFile(BaseModel):
 
     base: FilePath = Field(..., description="the config file that the runs start from, relative to the study file")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4, "head_lr": null}}')
+        default_factory=dict, description='an object of named changes such as {"small": {"rank": 4, "head_lr": null}}; '
+                                          '"base" and "grid" among them are the variant\'s own')
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description='an object of lists of values such as {"rank": [4, 8]}')
     search: dict[str, Any] = Field(
@@ -79,12 +81,20 @@ class StudyFile(BaseModel):
 
     def changes_of(self, variant: str) -> dict[str, Any]:
         """The config keys that `variant` changes; none for "", the variant of a study without variants."""
-        return {key: value for key, value in self.variants.get(variant, {}).items() if key != "base"}
+        return {key: value for key, value in self.variants.get(variant, {}).items() if key not in _OF_A_VARIANT}
+
+    def grid_of(self, variant: str) -> dict[str, list[Any]]:
+        """The lists of values that runs of `variant` go through: the study's, then its own."""
+        return {**self.grid, **self.variants.get(variant, {}).get("grid", {})}
+
+    def place_of(self, key: str, variant: str) -> str:
+        """Where the file varies `key` for runs of `variant`, in words."""
+        return next((name for name in ("search", "grid") if key in getattr(self, name)), f"variant '{variant}'")
 
     def varied(self) -> Iterator[tuple[str, str]]:
         """Every config key that the file varies, with the place where it does, in words."""
-        for name in self.variants:
-            yield from ((key, f"variant '{name}'") for key in self.changes_of(name))
+        for name, variant in self.variants.items():
+            yield from ((key, f"variant '{name}'") for key in [*self.changes_of(name), *variant.get("grid", {})])
         yield from ((key, "grid") for key in self.grid)
         yield from ((key, "search") for key in self.search)
 
@@ -132,7 +142,7 @@ def _marked(values: Mapping[str, Any]) -> bool:
     return not values.keys().isdisjoint(_MARKS)
 
 
-def _without_comments(values: Any, depth: int = 2) -> Any:
+def _without_comments(values: Any, depth: int = 3) -> Any:
     """`values` without comment keys, down to the objects inside `variants`; values of config keys are left alone."""
     if not isinstance(values, dict) or depth < 0:
         return values
@@ -172,7 +182,12 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         if "base" in variant and not (isinstance(variant["base"], str) and variant["base"]):
             wanted = StudyFile.model_fields["base"].description
             yield f", variant '{name}': 'base' is {show(variant['base'])}; it must be {wanted}."
-        for key in variant.keys() & file.grid.keys():
+        own = variant.get("grid", {})
+        if not isinstance(own, dict) or not all(isinstance(items, list) and items for items in own.values()):
+            wanted = StudyFile.model_fields["grid"].description
+            yield f", variant '{name}': 'grid' is {show(own)}; it must be {wanted}."
+        changed = file.changes_of(name)
+        for key in [key for key in (*changed, *own) if key in file.grid] + [key for key in own if key in changed]:
             yield f": '{key}' is changed by the variant '{name}' and varied by 'grid'; leave out one of the two."
     for key, place in file.varied():
         if key in _SETTLED:
@@ -181,11 +196,12 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         if key not in known_keys():
             hint = nearest(key, known_keys()) or " docs/CONFIG.md lists the keys."
             yield f", {place}: '{escaped(key[:60])}' is not a key of the config.{hint}"
-    for key, items in file.grid.items():
+    grids = [("grid", file.grid), *((f"variant '{name}', grid", each.get("grid", {})) for name, each in file.variants.items())]
+    for place, key, items in ((place, key, items) for place, grid in grids for key, items in grid.items()):
         same = [(isinstance(item, bool), item) for item in items]  # 1 is 1.0, but true is not 1
         for number, item in enumerate(items):
             if same[number] in same[:number]:
-                yield f", grid: '{key}' holds {show(item)} twice; leave out one of the two."
+                yield f", {place}: '{key}' holds {show(item)} twice; leave out one of the two."
 
 
 def _mistakes_of_slurm(file: StudyFile) -> Iterator[str]:

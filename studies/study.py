@@ -164,9 +164,7 @@ class Study:
         source = escaped(str(self.path))
         given = {**self._bases[variant], **varied}
         given = {key: value for key, value in given.items() if value is not None or key not in varied} | self.fixed
-        where = {**dict.fromkeys(varied, f"variant '{variant}'"), **dict.fromkeys(self.file.grid, "grid"),
-                 **dict.fromkeys(self.file.search, "search")}
-        places = {key: f"{source}, {where[key]}" for key in varied}
+        places = {key: f"{source}, {self.file.place_of(key, variant)}" for key in varied}
         folder = self.filepath / name / f"seed_{seed}"
         if self.file.search:
             given = self.space.effective(given)
@@ -227,8 +225,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -
 def _combinations(file: StudyFile) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Name, variant and changed keys of every run, seeds aside."""
     for variant in file.variants or [""]:
-        for values in itertools.product(*file.grid.values()):
-            point = dict(zip(file.grid, values, strict=True))
+        grid = file.grid_of(variant)
+        for values in itertools.product(*grid.values()):
+            point = dict(zip(grid, values, strict=True))
             parts = [variant] * bool(variant) + [f"{key}={_readable(value)}" for key, value in point.items()]
             yield ",".join(parts) or "base", variant, file.changes_of(variant) | point
 

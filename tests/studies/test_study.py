@@ -152,6 +152,17 @@ def test_variants_times_grid_times_seeds(tmp_path: Path) -> None:
     assert (study.name, study.results) == ("study", tmp_path / "records")
 
 
+def test_a_variant_has_a_grid_of_its_own(tmp_path: Path) -> None:
+    path = write_study(tmp_path, seed=5, grid={"epochs": [1, 2]}, variants={
+        "sdlora": {"gate": "none", "gate_lr": None},
+        "gumbel": {"rank": 2, "grid": {"lambda_sparsity": [0.1, 0.2], "_comment": "its knob"}}})
+    assert [run.name for run in load_study(path).runs()] == [
+        "sdlora,epochs=1", "sdlora,epochs=2", *(f"gumbel,epochs={epochs},lambda_sparsity={weight}"
+                                                for epochs in (1, 2) for weight in (0.1, 0.2))]
+    last = load_study(path).runs()[-1]
+    assert dict(last.changes) == {"rank": 2, "epochs": 2, "lambda_sparsity": 0.2} and last.config.lambda_sparsity == 0.2
+
+
 def test_a_study_of_seeds_alone_and_comments(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     path.write_text("// a comment\n" + path.read_text().replace('"seed": [1, 2]', '"seed": 5, "_comment": "one"'))
@@ -229,6 +240,13 @@ BAD = {
     "variant base": ({"variants": {"a": {"base": "x.json"}}}, ["'base'", "x.json", "no such file"]),
     "variant base empty": ({"variants": {"a": {"base": ""}}}, ["variant 'a'", "'base' is \"\""]),
     "variant and grid": ({"variants": {"a": {"rank": 2}}, "grid": {"rank": [4]}}, ["'rank'", "variant 'a'", "'grid'"]),
+    "variant grid list": ({"variants": {"a": {"grid": [1]}}}, ["variant 'a'", "'grid' is [1]"]),
+    "variant grid no list": ({"variants": {"a": {"grid": {"rank": 4}}}}, ["variant 'a'", "'grid' is {\"rank\": 4}"]),
+    "variant grid key": ({"variants": {"a": {"grid": {"rnk": [4]}}}}, ["variant 'a'", "'rnk'", "'rank'"]),
+    "variant grid value": ({"variants": {"a": {"grid": {"rank": ["x"]}}}}, ["variant 'a'", "'rank'", '"x"']),
+    "variant grid twice": ({"variants": {"a": {"grid": {"rank": [4, 4]}}}}, ["variant 'a'", "'rank' holds 4 twice"]),
+    "variant and its grid": ({"variants": {"a": {"rank": 2, "grid": {"rank": [4]}}}}, ["'rank'", "variant 'a'", "'grid'"]),
+    "two grids": ({"variants": {"a": {"grid": {"rank": [4]}}}, "grid": {"rank": [2]}}, ["'rank'", "variant 'a'", "'grid'"]),
     "contradiction": ({"variants": {"ok": {}, "a": {"gate": "none"}}}, ["base.json", "'gate_lr'", 'gate "none"']),
     "contradictory grid": ({"grid": {"gumbel_tau_init": [5.0, 0.2], "gumbel_tau_final": [0.1, 0.5]}},
                            ["'gumbel_tau_final' is 0.5", "'gumbel_tau_init' of 0.2", "study.json, grid"]),

@@ -4,7 +4,10 @@ much memory that takes.
 Shapes: b images of a batch, h x w pixels of one image or of what is cut out of it, which differ from image to image.
 """
 
+import atexit
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -181,11 +184,22 @@ def _collate(items: list[tuple[Tensor, bool] | str]) -> Cuts | str:
 
 
 def _passed(loader: DataLoader) -> Iterator[Cuts]:
-    for batch in loader:
+    batches = iter(loader)
+    if loader.num_workers:  # once more after torch's own, which would wait five seconds for each
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
+    for batch in batches:
         if isinstance(batch, str):
-            del loader  # the error's traceback keeps this frame, which must not keep the workers
+            del loader, batches  # the error's traceback keeps this frame, which must not keep the workers
             raise UserError(batch)
         yield batch
+
+
+def _end_workers() -> None:
+    """Kills the workers when the interpreter exits: deaf to SIGTERM (`leave_to_parent`), they would never let it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def undecodable(paths: list[Path], members: np.ndarray) -> list[int]:

@@ -1,6 +1,8 @@
 """Image files as pixels, what is cut out of them, and the memory they take."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.data_files import write_class_folders
+from tests.helpers import ROOT
 from utils.data import load_dataset
 from utils.data.augmentation import Augmentation, draw_boxes
 from utils.data.readers import Loader, PathReader, View, decoded_bytes, free_memory
@@ -33,6 +36,21 @@ def test_what_is_sent_is_what_is_seen_at_its_own_resolution(paths: list[Path]) -
     for (image, _), box, (cut, _) in zip(requests, boxes.tolist(), cuts.on(torch.device("cpu")), strict=True):
         top, left, height, width, _ = box
         assert torch.equal(cut, reader.read(image)[:, top:top + height, left:left + width])
+
+
+@pytest.mark.slow
+def test_a_process_ends_though_its_workers_are_still_held(paths: list[Path]) -> None:
+    """As they are at the end of every run whose worker processes read the files."""
+    script = f"""
+from pathlib import Path
+from utils.data.augmentation import Augmentation
+from utils.data.readers import Loader, PathReader
+loader = Loader(PathReader([Path(path) for path in {[str(path) for path in paths]}]), Augmentation(), {SIZE}, 1, pin=False)
+cuts = loader.batches([[(0, None)], [(1, None)], [(2, None)]])
+print(len(next(cuts).flips))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 
 
 def test_gray_and_transparent_files_become_rgb(tmp_path: Path) -> None:
