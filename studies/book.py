@@ -116,22 +116,22 @@ class Book:
 
     def _settle(self) -> None:
         """Writes down what the search is, or else compares, also with the folder that it keeps its runs in."""
-        token, attrs = self.study.filepath / "search.id", self.search.user_attrs
+        file, attrs = self.study.filepath / "search.id", self.search.user_attrs
         self._compare()
-        if "folder" not in attrs:
+        if "token" not in attrs:
             settings, config = self._settings()
-            attrs = {"settings": settings, "config": config.model_dump(mode="json"), "folder": secrets.token_hex(8)}
-            write_json(token, attrs["folder"])
+            attrs = {"settings": settings, "config": config.model_dump(mode="json"), "token": secrets.token_hex(8)}
+            write_json(file, attrs["token"])
             for key, value in attrs.items():
                 self.search.set_user_attr(key, value)
-        elif not token.exists() or json.loads(token.read_text()) != attrs["folder"]:
+        elif not file.exists() or json.loads(file.read_text()) != attrs["token"]:
             raise UserError(f"filepath: '{self.study.filepath}' is not the folder of the search '{self.study.name}' in its "
                             "storage; all processes of a search share one folder. Name that, or start over with --overwrite.")
 
     def _compare(self) -> None:
         """Raises UserError if the storage says that the search is another one."""
         attrs, (settings, config) = self.search.user_attrs, self._settings()
-        if "folder" in attrs:
+        if "token" in attrs:
             different = " and ".join(f"'{key}'" for key in settings if settings[key] != attrs["settings"].get(key))
             shown = different or run_folder.differences(attrs["config"], config, "storage")
         else:
