@@ -1,10 +1,8 @@
 """Searches: what a file may draw from, what is wrong with one, and trials that are made, pruned, made up for and reported.
 
-Runs are a stand-in for main.py whose accuracies follow from the config within milliseconds; the last test searches with
-main.py itself.
+Runs are a stand-in for main.py whose accuracies follow from the config within milliseconds.
 """
 
-import csv
 import json
 import logging
 import os
@@ -22,13 +20,13 @@ from filelock import FileLock
 pytest.importorskip("optuna", reason="searches need optuna (pip install optuna)")
 
 import main as command
-from analysis.compare import main as compare
+from analysis.records import find_runs, group_runs
 from studies import search as search_module
 from studies.book import CLAIM, Trial
 from studies.study import Study, load_study
 from studies.study import main as study_command
 from studies.trials import best, known_trials
-from tests.helpers import ROOT, SMALL, true_record
+from tests.helpers import ROOT, SMALL
 from utils.errors import UserError
 from utils.runs.progress import LOGGER
 
@@ -52,21 +50,19 @@ if deed == "fail" and config["gate"] == "none":
 late = deed == "late" and int(folder.parent.name.removeprefix("trial_")) >= 5  # these are worse, and wait after every task
 top = 50 if late else 90 - 100 * abs(config["init_lr"] - 0.1)
 curve = []
-template = Path(os.environ["TEMPLATE"])
 for task in range(3):
     curve.append(top - 10 * task)
-    record = json.loads(template.read_text()) if template.exists() else {"tasks": [{}]}
-    record["tasks"] = [{**record["tasks"][-1], "stored_bytes": int(1000 * config["init_lr"])}] * (task + 1)
-    record["metrics"] = {**record.get("metrics", {}), "top1_curve": curve, "last_accuracy": curve[-1],
-                         "average_accuracy": None if deed == "joint" else sum(curve) / len(curve)}
-    record.update(finished=task == 2, config=config, seed=config["seed"][0])
-    record["class_order_sha256"] = str(record["seed"])
-    record.pop("sha256", None)
+    entry = {"seen_classes": 2 * task + 2, "counts": {"images": [1]}, "stored_bytes": int(1000 * config["init_lr"])}
+    record = {"finished": task == 2, "config": config, "seed": config["seed"][0], "tasks": [entry] * (task + 1),
+              "class_order_sha256": str(config["seed"][0]),
+              "backbone": {"name": "vit", "tag": "", "source": "random", "sha256": ""},
+              "metrics": {"top1_curve": curve, "last_accuracy": curve[-1],
+                          "average_accuracy": None if deed == "joint" else sum(curve) / len(curve)}}
     record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (folder / "part").write_text(json.dumps(record))
     os.replace(folder / "part", folder / "results.json")
     end = time.time() + {"slow": 0.3, "hang": 1e9, "late": 60 * late}.get(deed, 0)
-    while time.time() < end and not stopped and not (Path(os.environ["TEMPLATE"]).parent / "go").exists():
+    while time.time() < end and not stopped and not Path(sys.argv[0]).with_name("go").exists():
         time.sleep(0.01)
     if stopped:
         sys.exit(128 + stopped[0])
@@ -82,7 +78,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(STAND_IN)
     monkeypatch.setattr(command, "__file__", str(script))
     monkeypatch.setattr(search_module, "LOOK_SECONDS", 0.1)
-    monkeypatch.setenv("TEMPLATE", str(tmp_path / "record.json"))
     return script
 
 
@@ -388,28 +383,14 @@ def test_twenty_trials_by_two_processes_one_of_them_killed(tmp_path: Path, stand
 
 
 @pytest.mark.slow
-def test_the_comparison_reads_a_search(tmp_path: Path, stand_in: Path, capsys) -> None:
+def test_the_comparison_reads_a_search(tmp_path: Path, stand_in: Path) -> None:
     """The chosen setting is a method of its own, on the reporting seeds alone."""
-    (tmp_path / "record.json").write_text(json.dumps(true_record(tmp_path / "true")))
     path = write_search(tmp_path, report_seed=[3, 4], trials=3)
     assert run(path) == 0
     number = best(trials_of(path), ["last_accuracy"])[0].number
-    capsys.readouterr()
-    assert compare([str(path), "--output", str(tmp_path / "out")]) == 0
-    with open(tmp_path / "out" / "comparison.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["method"], row["seed"]) for row in rows} == {
-        (f"chosen_{number}", "3"), (f"chosen_{number}", "4"), *((f"trial_{trial}", "1") for trial in range(3))}
-
-
-@pytest.mark.slow
-def test_a_search_with_main_itself(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    path = write_search(tmp_path, {"eval_every": 0, "nb_tasks": 2}, search={"gate": ["none", "gumbel_sparsemax"]}, trials=1)
-    assert run(path) == 0
-    study = load_study(path)
-    assert all(trial.state == "complete" for trial in trials_of(path))
-    assert all(each.own_record()["config"]["gate"] == each.changes["gate"] for each in study.runs())
+    (stream,) = group_runs(find_runs([path]).runs)
+    assert {method.name: [draw.seed for draw in method.runs] for method in stream.methods} == {
+        f"chosen_{number}": [3, 4], **{f"trial_{trial}": [1] for trial in range(3)}}
 
 
 # ---- helpers
