@@ -19,7 +19,7 @@ from utils.data import load_dataset
 from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
 from utils.errors import UserError
-from utils.results.metrics import TaskCounts, kept_set, summary, tally_predictions
+from utils.results.metrics import ClassCounts, TaskCounts, kept_set, summary, tally_classes, tally_predictions
 from utils.results.plots import write_pictures
 from utils.results.report import curve_lines, final_table, seeds_table, task_figures
 from utils.rng import global_state, restore_global_state
@@ -185,7 +185,7 @@ class Run:
 
     def evaluate(self) -> float:
         """Accuracy in percent on the test images of every class seen so far."""
-        counts = self._counts(f"Task {self.learner.task}: evaluation", whole=True)
+        counts, _ = self._counts(f"Task {self.learner.task}: evaluation", whole=True)
         return 100 * sum(counts.top1) / sum(counts.images)
 
     def after_step(self) -> None:
@@ -243,6 +243,7 @@ class Run:
             "code": code_version(), "hardware": hardware(self.device), "environment": environment(),
             "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
+            "class_names": self.data.class_names, "test_view": asdict(self.data.test_view()),
             "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
         LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
                     f"{identity.name} on {', '.join(self.result['hardware']['devices'])}, in {self.folder}")
@@ -279,7 +280,7 @@ class Run:
             self.progress.skip(self.task_steps[task] - self.learner.steps_done())  # a method may need fewer
             self._checkpoint()
             report = self.learner.end_task()
-            counts = self._counts(f"Task {task}: evaluation")
+            counts, by_class = self._counts(f"Task {task}: evaluation")
             stored = self.learner.stored_tensors()
             files = on_main(self._save)
             peak, = distributed.largest(peak_memory(self.device))
@@ -289,7 +290,8 @@ class Run:
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
                 "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak,
-                "files": files, "probe": self.learner.probe(), "counts": asdict(counts)})
+                "files": files, "probe": self.learner.probe(), "counts": asdict(counts),
+                "class_counts": asdict(by_class)})
             self.within_task = False
             self.track(task_figures(self.records[-1], self._metrics()))
             self._checkpoint()
@@ -304,20 +306,23 @@ class Run:
         self._write_results(finished=True)
         on_main(self.checkpoints.remove_all)
 
-    def _counts(self, title: str, whole: bool = False) -> TaskCounts:
+    def _counts(self, title: str, whole: bool = False) -> tuple[TaskCounts, ClassCounts]:
         seen = range(self.stream.seen_classes(self.learner.task))
         tasks = int(self.data.task_of_class[seen[-1]]) + 1
         task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
         tally = torch.zeros(len(fields(TaskCounts)), tasks, dtype=torch.long, device=self.device)
+        by_class = torch.zeros(len(seen), 1 + tasks, dtype=torch.long, device=self.device)
         self.learner.start_evaluation()
         size = self.config.batch_size
         batches = self.data.eval_batch_count("test", seen, size)
         for number, (images, labels) in enumerate(self.data.eval_batches("test", seen, size, distributed.part())):
             self.work(title, number, batches, whole)
             if len(labels):
-                tally += tally_predictions(self.learner.predict(images), labels, task_of_class, tasks)
-        distributed.add_up(tally)
-        return TaskCounts.of(tally)  # the one wait for the device
+                logits = self.learner.predict(images)
+                tally += tally_predictions(logits, labels, task_of_class, tasks)
+                by_class += tally_classes(logits, labels, task_of_class, tasks)
+        distributed.add_up(tally, by_class)
+        return TaskCounts.of(tally), ClassCounts.of(by_class)  # the only reads of the device
 
     def _stop_on(self, received: int) -> None:
         if received:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from analysis.records import Method
+    from analysis.records import Found, Method, Stream
 
 OUTPUT = Path("runs/comparison")
 DEFAULT_BASELINE = "sdlora"
@@ -50,8 +50,26 @@ def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None =
     """
     from analysis import tables  # loads torch: --help and a wrong command line are answered without
     from analysis.pictures import write_pictures
-    from analysis.records import find_runs, group_runs
     from utils.runs.files import write_bytes
+
+    found, streams, baselines = read_streams(paths, labels, baseline, margin)
+    make_output(output)
+    pictures = [write_pictures(stream, output) for stream in streams]
+    page = tables.page(streams, found, baselines, margin, pictures, command)
+    texts = {"comparison.md": page, "comparison.csv": tables.runs_csv(streams), "summary.csv": tables.summary_csv(streams),
+             "differences.csv": tables.differences_csv(streams, baselines, margin)}
+    for name, text in texts.items():
+        write_bytes(output / name, text.encode())
+    return page, [output / name for name in [*texts, *(file for shown in pictures for _, file in shown)]]
+
+
+def read_streams(paths: Sequence[Path], labels: Mapping[Path, str] | None, baseline: str | None, margin: float
+                 ) -> "tuple[Found, list[Stream], list[Method | None]]":
+    """The runs at `paths`, their streams, and for each stream the method that the others are compared with.
+
+    A stream has None where no method has the name `baseline`. Raises UserError for what cannot be compared.
+    """
+    from analysis.records import find_runs, group_runs
 
     if not 0 < margin < 100:
         raise UserError(f"--margin: {margin:g} is not a difference in points of accuracy; choose one above 0 and below 100.")
@@ -64,14 +82,7 @@ def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None =
         names = [method.name for stream in streams for method in stream.methods]
         raise UserError(f"--baseline: no method is called '{baseline}'; choose one of {', '.join(dict.fromkeys(names))}."
                         f"{nearest(baseline, names)}")
-    make_folder(output)
-    pictures = [write_pictures(stream, output) for stream in streams]
-    page = tables.page(streams, found, baselines, margin, pictures, command)
-    texts = {"comparison.md": page, "comparison.csv": tables.runs_csv(streams), "summary.csv": tables.summary_csv(streams),
-             "differences.csv": tables.differences_csv(streams, baselines, margin)}
-    for name, text in texts.items():
-        write_bytes(output / name, text.encode())
-    return page, [output / name for name in [*texts, *(file for shown in pictures for _, file in shown)]]
+    return found, streams, baselines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
     try:
-        page, written = compare(options.runs, options.output, options.baseline, options.margin, _labels(options.label),
+        page, written = compare(options.runs, options.output, options.baseline, options.margin, labels_of(options.label),
                                 shlex.join(["python", "-m", "analysis.compare", *arguments]))
         print(page)
         print("Written: " + ", ".join(str(path) for path in written), flush=True)
@@ -101,7 +112,8 @@ def _baseline(methods: Sequence["Method"], name: str | None) -> "Method | None":
     return by_name.get(DEFAULT_BASELINE, methods[0])
 
 
-def _labels(given: Sequence[str]) -> dict[Path, str]:
+def labels_of(given: Sequence[str]) -> dict[Path, str]:
+    """What `--label PATH=NAME` asks for; raises UserError for an argument of another form."""
     labels = {}
     for argument in given:
         path, equals, name = (part.strip() for part in argument.rpartition("="))
@@ -111,8 +123,8 @@ def _labels(given: Sequence[str]) -> dict[Path, str]:
     return labels
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder that `--output` names, or raises UserError."""
+def make_output(folder: Path) -> None:
+    """Makes the folder that `--output` writes into; raises UserError where that is not allowed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

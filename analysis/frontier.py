@@ -177,7 +177,7 @@ def draw(path: Path, output: Path = OUTPUT, reference: str | None = None,
 
     reference: the variant that the others are held against (default: the study's first). Raises UserError.
     """
-    from analysis.compare import make_folder
+    from analysis.compare import make_output
     from utils.results.plots import DPI
     from utils.runs.files import write_bytes
 
@@ -187,7 +187,7 @@ def draw(path: Path, output: Path = OUTPUT, reference: str | None = None,
         raise UserError(f"--reference: no variant with a finished run is called '{reference}'; choose one of "
                         f"{', '.join(variants)}.{nearest(reference, variants)}")
     reference = reference or next(iter(variants))
-    make_folder(output)
+    make_output(output)
     parts, written = [f"# Frontier of {path.stem}", f"Written by `{command}`."], []
     for frontier in frontiers:
         name, buffer = f"frontier_{frontier.slug}.png" if frontier.slug else "frontier.png", io.BytesIO()

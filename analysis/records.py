@@ -48,7 +48,7 @@ class Draw(NamedTuple):
 class Run:
     """A finished run. `path`: its record. `names`: what to call its method, from short to longer and less ambiguous.
 
-    `labelled`: the name was given on the command line.
+    `labelled`: the name tells it apart from runs of the same config, as one given on the command line does.
     """
 
     path: Path
@@ -109,20 +109,26 @@ def find_runs(paths: Sequence[Path], labels: Mapping[Path, str] | None = None) -
         entries = list(_read(path))
         if not entries:
             raise UserError(f"{path}: no run is there; name a {RECORD}, a folder with runs below it, or a study file.")
-        for place, names, result in entries:
+        for place, names, result, apart in entries:
             if isinstance(result, str):
                 unfinished[f"{place}: {result}"] = None
             else:
                 digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
-                runs.setdefault(digest, _labelled(Run(place, names, result), by_place))
+                runs.setdefault(digest, _labelled(Run(place, names, result, apart), by_place))
     for path, label in (labels or {}).items():
         if not any(run.path.resolve().is_relative_to(path.resolve()) for run in runs.values()):
             raise UserError(f"--label: no finished run to be called '{label}' is at or below '{path}'; name the run's folder.")
     return Found(list(runs.values()), list(unfinished))
 
 
-# A place, names for its method, and its record or, in words, how far the run is.
-_Entry = tuple[Path, tuple[str, ...], Mapping[str, Any] | str]
+class _Entry(NamedTuple):
+    """A place, names for its method, and its record or, in words, how far the run is. `apart`: it is no run of the method of
+    another name, however like the configs."""
+
+    place: Path
+    names: tuple[str, ...]
+    result: Mapping[str, Any] | str
+    apart: bool = False
 
 
 def _read(path: Path) -> Iterator[_Entry]:
@@ -149,7 +155,7 @@ def _read_folder(folder: Path) -> Iterator[_Entry]:
         if path.name == RECORD or _COMMITTED.fullmatch(path.name):
             yield _read_record(path)
         elif path.name == "train.log" and not (path.parent / RECORD).exists():
-            yield path.parent, _names(path.parent / RECORD), "no task is finished"
+            yield _Entry(path.parent, _names(path.parent / RECORD), "no task is finished")
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
@@ -163,20 +169,21 @@ def _read_record(path: Path) -> _Entry:
     if missing:
         raise UserError(f"{path}: is not the record of a run (it has no '{missing[0]}'); leave it out.")
     if not result["finished"]:
-        return path, _names(path), f"{len(result['tasks'])} task{'s' * (len(result['tasks']) != 1)} finished, not all"
-    return path, _names(path), result
+        return _Entry(path, _names(path), f"{len(result['tasks'])} task{'s' * (len(result['tasks']) != 1)} finished, not all")
+    return _Entry(path, _names(path), result)
 
 
 def _read_study(path: Path) -> Iterator[_Entry]:
-    """The runs of a study, finished here or with a committed record."""
+    """The runs of a study, finished here or with a committed record. What a search has chosen is a method of its own on the
+    seeds that report it, without those that chose it."""
     from studies.study import load_study
 
     for run in load_study(path).runs():
         record, own = run.record(), run.folder / RECORD
         if record is None:
-            yield run.folder, (run.name,), "not finished"
+            yield _Entry(run.folder, (run.name,), "not finished")
         else:
-            yield own if own.exists() else run.recorded, (run.name,), record
+            yield _Entry(own if own.exists() else run.recorded, (run.name,), record, run.reports)
 
 
 def _names(path: Path) -> tuple[str, ...]:
@@ -256,8 +263,13 @@ def _methods(runs: Sequence[Run]) -> list[Method]:
             for name, members in zip(names, methods, strict=True)]
 
 
+def settings(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a record's config that make its method: without its draw, its stream, and what changes no result."""
+    return {key: value for key, value in _config(result).items() if key not in _NOT_THE_METHOD}
+
+
 def _identity(result: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in _config(result).items() if key not in _NOT_THE_METHOD}, sort_keys=True)
+    return json.dumps(settings(result), sort_keys=True)
 
 
 def _config(result: Mapping[str, Any]) -> dict[str, Any]:

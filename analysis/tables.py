@@ -40,7 +40,7 @@ def page(streams: Sequence[Stream], found: Found, baselines: Sequence[Method | N
     """
     parts = ["# Comparison of runs", f"Written by `{command}`."]
     for stream, baseline, shown in zip(streams, baselines, pictures, strict=True):
-        parts += [f"## {_cell(stream.title)}", *_machines(stream), means_table(stream)]
+        parts += [f"## {_cell(stream.title)}", *machines(stream), means_table(stream)]
         parts += _difference_tables(stream, baseline, margin)
         parts += [f"![{caption}]({name})" for caption, name in shown]
     if found.unfinished:
@@ -50,15 +50,25 @@ def page(streams: Sequence[Stream], found: Found, baselines: Sequence[Method | N
 
 
 def means_table(stream: Stream) -> str:
-    """One row per method: seeds, then mean ± standard deviation of every measure."""
+    """`means_cells` in Markdown."""
+    return markdown(*means_cells(stream))
+
+
+def means_cells(stream: Stream) -> tuple[list[str], list[list[str]]]:
+    """Header and a row per method: seeds, then mean ± standard deviation of every measure."""
     measures = measures_of(stream.methods)
     header = ["method", "seeds", *(measure.heading for measure in measures)]
-    return markdown(header, [[method.name, str(len(method.runs)), *(_mean_text(method, measure) for measure in measures)]
-                           for method in stream.methods])
+    return header, [[method.name, str(len(method.runs)), *(_mean_text(method, measure) for measure in measures)]
+                    for method in stream.methods]
 
 
 def difference_table(stream: Stream, baseline: Method, measure: Measure, margin: float) -> str:
-    """One row per method but the baseline: its paired difference in one measure, with the tests."""
+    """`difference_cells` in Markdown."""
+    return markdown(*difference_cells(stream, baseline, measure, margin))
+
+
+def difference_cells(stream: Stream, baseline: Method, measure: Measure, margin: float) -> tuple[list[str], list[list[str]]]:
+    """Header and a row per method but the baseline: its paired difference in one measure, with the tests."""
     header = ["method", "pairs", "difference", "95 % interval", "t test p", "Wilcoxon p (smallest)"]
     header += [f"no worse by {margin:g}", f"equal within {margin:g}"] if measure.has_margin else []
     rows = []
@@ -75,7 +85,7 @@ def difference_table(stream: Stream, baseline: Method, measure: Measure, margin:
                f"{p_text(result.wilcoxon_p)} ({p_text(result.wilcoxon_smallest_p)})"]
         row += [_verdict(result.no_worse_p), _verdict(result.equal_p)] if measure.has_margin else []
         rows.append([*row, result.note])
-    return markdown([*header, "note"], rows)
+    return [*header, "note"], rows
 
 
 def runs_csv(streams: Sequence[Stream]) -> str:
@@ -133,10 +143,10 @@ def _difference_tables(stream: Stream, baseline: Method | None, margin: float) -
     return parts
 
 
-def _machines(stream: Stream) -> list[str]:
+def machines(stream: Stream) -> list[str]:
     """What the runs were computed on and with, each with the number of runs."""
     runs = [run for method in stream.methods for run in method.runs.values()]
-    lines = [f"Machines: {_counted(map(_machine, runs))}. Code: {_counted(map(_code, runs))}."]
+    lines = [f"Machines: {_counted(map(machine, runs))}. Code: {_counted(map(code, runs))}."]
     seeds = {seed for method in stream.methods for seed in method.runs}
     lacking = [f"{method.name} (no {', '.join(map(str, sorted(seeds - method.runs.keys())))})"
                for method in stream.methods if seeds - method.runs.keys()]
@@ -144,18 +154,20 @@ def _machines(stream: Stream) -> list[str]:
     return [*lines, f"Seeds: {', '.join(map(str, sorted(seeds)))}.{missing}"]
 
 
-def _machine(run: Run) -> str:
+def machine(run: Run) -> str:
+    """What a run was computed on."""
     hardware: Mapping[str, Any] = run.result["hardware"]
     if hardware["device"] != "cpu":
         return hardware["name"]
     return f"{hardware['name']}, {hardware['threads']} of {hardware['cores']} cores"
 
 
-def _code(run: Run) -> str:
-    code = run.result.get("code") or {}
-    commit = (code.get("commit") or "unknown")[:10]
+def code(run: Run) -> str:
+    """The commit that a run was computed with, and the version of PyTorch."""
+    version = run.result.get("code") or {}
+    commit = (version.get("commit") or "unknown")[:10]
     torch = (run.result.get("versions") or {}).get("torch", "unknown")
-    return f"{commit}{' with uncommitted changes' if code.get('dirty') else ''}, torch {torch}"
+    return f"{commit}{' with uncommitted changes' if version.get('dirty') else ''}, torch {torch}"
 
 
 def _counted(words: Iterable[str]) -> str:

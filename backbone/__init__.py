@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from backbone.class_token import read_class_token_alone
+from backbone.lora import merged_copy
 from backbone.vit import Identity, data_config, load_vit
 from utils.config import Config
 
@@ -27,6 +28,10 @@ class FrozenViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
+
+    def as_timm(self) -> nn.Module:
+        """timm's own network with the same features, adapters merged."""
+        return merged_copy(self.vit)
 
     def early_tokens(self, images: Tensor) -> Tensor:
         """Patch tokens `[b, n, d]` after the first sixth of the blocks: what an image looks like rather than what it shows."""

@@ -11,6 +11,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 EMBEDDED = "vit_glyph_tiny_patch8_32"
+SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+_OF_THE_SAME_PARTS = "vit_tiny_patch16_224"  # timm's own; with `SHAPE` it is the same network
 WEIGHTS = Path(__file__).parent / "weights" / f"{EMBEDDED}.safetensors"
 
 default_cfgs = generate_default_cfgs(
@@ -34,7 +36,11 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_glyph_tiny_patch8_32(pretrained: bool = False, **kwargs: object) -> VisionTransformer:
     """ViT for 32 x 32 images in 0..1: 16 patches of 8 x 8 and a class token, 6 blocks, width 128, 4 heads."""
-    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
     return build_model_with_cfg(
-        VisionTransformer, EMBEDDED, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(shape | kwargs)
+        VisionTransformer, EMBEDDED, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **(SHAPE | kwargs)
     )
+
+
+def with_timm_alone(name: str) -> tuple[str, dict[str, int]]:
+    """The model name and arguments with which timm, where nothing of this repository is, makes the network `name`."""
+    return (_OF_THE_SAME_PARTS, dict(SHAPE)) if name == EMBEDDED else (name, {})

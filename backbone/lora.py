@@ -4,6 +4,7 @@ Shapes: L blocks, d width, r rank of the current adapter, R summed rank of the s
 p = 0 for q and 1 for v. METHOD.md sections 1 to 3 define the symbols.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from backbone.gated_linear import GatedQKV, Operands
 from backbone.gates import Gate, GumbelGate
 from backbone.vit import fused_qkv
 
-__all__ = ["AdapterBank", "GumbelGate", "frobenius_norm", "inject"]
+__all__ = ["AdapterBank", "GumbelGate", "frobenius_norm", "inject", "merged_copy"]
 
 
 def frobenius_norm(A: Tensor, B: Tensor) -> Tensor:
@@ -31,6 +32,18 @@ def inject(vit: nn.Module, name: str) -> list[GatedQKV]:
     for block, layer in zip(vit.blocks, layers, strict=True):
         block.attn.qkv = layer
     return layers
+
+
+def merged_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` in which every `GatedQKV` is again a plain linear, of the weight that is merged there."""
+    copied = copy.deepcopy(module)
+    for name, layer in list(copied.named_modules()):
+        if isinstance(layer, GatedQKV):
+            linear = nn.Linear(layer.weight.shape[1], len(layer.weight), bias=layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.merged, requires_grad=False)
+            linear.bias = layer.bias
+            copied.set_submodule(name, linear)
+    return copied
 
 
 class AdapterBank(nn.Module):
@@ -162,7 +175,7 @@ class AdapterBank(nn.Module):
         Called once per optimizer step, so one draw of noise is shared by every block and both projections.
         """
         beta = self.gate(None if noise is None else noise.to(self.gate.logits))
-        for layer, operands in zip(self.layers, self._operands(beta, self._sounding_columns(beta)), strict=True):
+        for layer, operands in zip(self.layers, self.operands(beta, self._sounding_columns(beta)), strict=True):
             layer.merge(operands)
             layer.operands = operands
         return beta
@@ -176,7 +189,7 @@ class AdapterBank(nn.Module):
         """
         weights = self.gate() if beta is None else beta
         columns = None if among is None else self._columns(among).to(self.A.device)
-        operands = self._operands(weights, columns) if self.tasks else [None] * self.depth
+        operands = self.operands(weights, columns) if self.tasks else [None] * self.depth
         for layer, operand in zip(self.layers, operands, strict=True):
             layer.operands = None
             layer.merge(operand)
@@ -192,8 +205,9 @@ class AdapterBank(nn.Module):
             for layer in self.layers:
                 layer.silent = False
 
-    def _operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
-        """One block's projection each; `columns` picks some of the R stored rank-one terms, None takes all."""
+    def operands(self, beta: Tensor, columns: Tensor | None = None) -> list[Operands]:
+        """What gate weights `[n]` add to each block's projections; `columns` picks some of the R stored rank-one terms, None
+        takes all."""
         coefficients = self.gate.scale * beta[:, None, None] * self.magnitudes()  # [n, L, 2]
         stored = len(self.tasks) - (self.current is not None)
         spread, A, B = self._membership(stored), self.A, self.B

@@ -27,9 +27,11 @@ LEARNERS: dict[str, type[BaseLearner]] = {
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)
 
 
-def load_network(folder: str | Path, task: int) -> SavedNetwork:
-    """The network that was evaluated after `task`, from the files of the run in `folder`; see `BaseLearner.load`."""
-    return LEARNERS[SavedRun(folder, task).config.model_name].load(folder, task)
+def load_network(folder: str | Path, task: int | None = None) -> SavedNetwork:
+    """The network that was evaluated after `task` (default: the newest), from the files of the run in `folder`; see
+    `BaseLearner.load`."""
+    saved = SavedRun(folder, task)
+    return LEARNERS[saved.config.model_name].load(folder, saved.task)
 
 
 __all__ = ["LEARNERS", "BaseLearner", "SavedNetwork", "TaskReport", "load_network"]

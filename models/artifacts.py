@@ -1,7 +1,8 @@
 """What a run leaves behind after each task, and the network that anyone can rebuild from it (METHOD.md, section 5)."""
 
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from backbone import FrozenViT, create_backbone
 from backbone.gates import OpenGate
 from backbone.heads import HEADS
-from backbone.lora import AdapterBank, inject
+from backbone.lora import AdapterBank, inject, merged_copy
 from utils.config import config_of_record
-from utils.errors import UserError
+from utils.data.sets import READERS
+from utils.data.sources import TestView
+from utils.errors import UserError, unknown
 from utils.rng import generator
 from utils.runs.files import read_sealed_json, sha256_of, write_safetensors
 
@@ -49,17 +52,39 @@ class SavedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
 
+    # ---- in forms that need nothing of this repository
+
+    def as_timm(self) -> nn.Module:
+        """timm's own network that gives the same features, adapters merged and without the head; raises UserError where no
+        single one does."""
+        return self.backbone.as_timm()
+
+    def gate_weights(self) -> dict[int, float]:
+        """The gate weights in force, by the tasks of the adapters; raises UserError where not all images meet the same."""
+        return {} if self.bank is None else dict(zip(self.bank.tasks, self.beta.tolist(), strict=True))
+
+    def as_graph(self) -> nn.Module:
+        """The network as a module whose operations are the same whatever the images, so that it can be traced."""
+        return nn.Sequential(merged_copy(self.backbone), self.head)
+
+    def met(self) -> list[str]:
+        """Which network each image of the last call has met, in words; empty where there is one for all."""
+        return []
+
 
 class SavedRun:
-    """The files of a run after `task`, each handed out only if it is, to the bit, what the run wrote.
+    """The files of a run after `task` (default: the newest), each handed out only if it is, to the bit, what the run wrote.
 
     Raises UserError for a folder without a run, and a task that it has not finished. config, seed: those of the run.
     """
 
-    def __init__(self, folder: str | Path, task: int) -> None:
-        self.folder, self.task = Path(folder), task
+    def __init__(self, folder: str | Path, task: int | None = None) -> None:
+        self.folder = Path(folder)
         self.result: dict[str, Any] = read_sealed_json(_existing(self.folder / "results.json"))
         tasks = self.result["tasks"]
+        self.task = task = len(tasks) - 1 if task is None else task
+        if not tasks:
+            raise UserError(f"{folder}: no task has been finished there; run its command again.")
         if not 0 <= task < len(tasks):
             raise UserError(f"{folder}: task {task} has not been finished there; its tasks are 0 to {len(tasks) - 1}.")
         self.config = config_of_record(self.result["config"], str(self.folder / "results.json"))
@@ -74,6 +99,34 @@ class SavedRun:
             raise UserError(f"{path}: is not the file that the run wrote (its checksum does not fit); restore it from a copy.")
         self._unread.discard(name)
         return path
+
+    def class_names(self) -> list[str]:
+        """Names of the classes that the task's network tells apart, as the data set has them, in the order of its logits.
+
+        The record of an older run has none: they are taken from its split.json, and without that the data set's own numbers of
+        the classes stand for them.
+        """
+        names = self.result.get("class_names") or self._names_in_split() or [
+            f"class {number}" for number in self.result["class_order"]]
+        return names[:self.result["tasks"][self.task]["seen_classes"]]
+
+    def _names_in_split(self) -> list[str] | None:
+        """The names in split.json, None where that is not the run's or not there."""
+        with suppress(OSError, ValueError, KeyError, AttributeError):
+            record = json.loads((self.folder / "split.json").read_bytes())
+            if record["sha256"] == self.result.get("split_sha256"):
+                return record.get("class_names")
+        return None
+
+    def test_view(self) -> TestView:
+        """How the run has seen its test images. An older record does not say it: that of its data set's files, then."""
+        if "test_view" in self.result:
+            return TestView(**self.result["test_view"])
+        backbone, name = self.backbone(), self.config.dataset
+        if name not in READERS:
+            raise unknown("dataset", name, READERS)
+        mean, std = backbone.mean_std if self.config.normalize == "backbone" else (None, None)
+        return TestView(backbone.image_size, READERS[name][0].test_resize, True, mean, std)
 
     def backbone(self) -> FrozenViT:
         """The frozen backbone as the run's config names it; raises UserError if its weights are not those of the run."""

@@ -58,6 +58,10 @@ class PromptedViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.look(images)[0]
 
+    def as_timm(self) -> nn.Module:
+        raise UserError("model_name: 'l2p' puts prompts before the tokens of every image, which no network of timm does; "
+                        "export it as torchscript or onnx.")
+
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[b, d]`, and cosines `[b, K]` of query and chosen keys.
 

@@ -3,21 +3,44 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 import models  # noqa: F401  (every key of every method)
-from utils.config import known_keys
+from utils.config import KeyGroup, known_keys
+from utils.config import key as declared
 from utils.config.file import read_config_file
-from utils.config.rules import MAX_SEED, FilePath, Seeds, escaped, show
+from utils.config.load import allowed
+from utils.config.rules import MAX_SEED, FilePath, Name, Seeds, as_list, distinct, escaped, show
 from utils.errors import UserError, nearest
 
 # Config keys that the study settles for every run (the device: its base, or --device), so that nothing in it may vary them.
 _SETTLED = ("seed", "filepath", "device")
 _OF_A_VARIANT = ("base", "grid")  # keys of a study that a variant may have too
-_MARKS = ("base", "variants", "grid", "jobs")  # keys that only a study has
+_MARKS = ("base", "variants", "grid", "search", "jobs")  # keys that only a study has
+_OF_SEARCHES = ("trials", "measure", "report_seed", "prune", "storage")  # without effect where nothing is searched
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,79}")
+_SEEDS = f"an integer from 0 to {MAX_SEED}, or a list of different ones"
+
+Measure = Literal["last_accuracy", "average_accuracy", "forgetting", "stored_bytes", "stored_parameters"]
+
+
+class SlurmKeys(KeyGroup):
+    """What a job asks Slurm for"""
+
+    partition: Name | None = declared(None, "The partition.", unset="Slurm's own")
+    minutes: int = declared(
+        480, "Time limit of a job. A run that reaches it saves, and goes on in a job of its own.", ge=1)
+    gpus: int = declared(1, "GPUs of a job.", ge=0)
+    cpus: int = declared(4, "Processor cores of a job.", ge=1)
+    memory_gb: int | None = declared(None, "Main memory of a job in GB.", unset="Slurm's own", ge=1)
+    notice_seconds: int = declared(
+        300, "How long before its time limit a job is told, so that its run can save.", ge=1)
+    timeouts: int = declared(10, "How often a run may reach the time limit and go on. Preemptions do not count.", ge=0)
+    account: Name | None = declared(None, "The account to charge.", unset="Slurm's own")
+    qos: Name | None = declared(None, "The quality of service.", unset="Slurm's own")
+    constraint: Name | None = declared(None, "Features that a job's machine must have.", unset="any machine")
 
 
 class StudyFile(BaseModel):
@@ -35,8 +58,20 @@ class StudyFile(BaseModel):
                                           '"base" and "grid" among them are the variant\'s own')
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description='an object of lists of values such as {"rank": [4, 8]}')
-    seed: Seeds = Field(..., description=f"an integer from 0 to {MAX_SEED}, or a list of different ones")
-    jobs: int = Field(1, ge=1, description="an integer of at least 1")
+    search: dict[str, Any] = Field(
+        default_factory=dict, description='an object of lists and ranges such as {"rank": [4, 8], "lrate": {"low": 0.001, '
+        '"high": 0.1, "log": true}}')
+    trials: int | None = Field(None, ge=1, description="an integer of at least 1")
+    measure: Annotated[list[Measure], BeforeValidator(as_list), Field(min_length=1, max_length=2),
+                       AfterValidator(distinct)] = Field(
+        ["last_accuracy"], description=f"one of {', '.join(map(show, Measure.__args__))}, or a list of two of them")
+    seed: Seeds = Field(..., description=_SEEDS)
+    report_seed: Seeds | None = Field(None, description=_SEEDS)
+    prune: bool | None = Field(None, description="true or false")
+    storage: FilePath | None = Field(None, description="a journal file or the URL of a database, as text")
+    executor: Literal["local", "slurm"] = Field("local", description='"local" or "slurm"')
+    slurm: SlurmKeys = Field(default_factory=SlurmKeys, description='an object such as {"partition": "gpu", "minutes": 480}')
+    jobs: int | None = Field(None, ge=1, description="an integer of at least 1")
     filepath: FilePath | None = Field(None, description="the folder of the runs, as text")
     results: FilePath | None = Field(None, description="a folder of finished records, relative to the study file, as text")
 
@@ -54,13 +89,14 @@ class StudyFile(BaseModel):
 
     def place_of(self, key: str, variant: str) -> str:
         """Where the file varies `key` for runs of `variant`, in words."""
-        return "grid" if key in self.grid else f"variant '{variant}'"
+        return next((name for name in ("search", "grid") if key in getattr(self, name)), f"variant '{variant}'")
 
     def varied(self) -> Iterator[tuple[str, str]]:
         """Every config key that the file varies, with the place where it does, in words."""
         for name, variant in self.variants.items():
             yield from ((key, f"variant '{name}'") for key in [*self.changes_of(name), *variant.get("grid", {})])
         yield from ((key, "grid") for key in self.grid)
+        yield from ((key, "search") for key in self.search)
 
 
 def is_study(path: str | Path) -> bool:
@@ -116,18 +152,29 @@ def _without_comments(values: Any, depth: int = 3) -> Any:
 def _sentence(error: ValidationError, values: Mapping[str, Any], source: str, changes: Mapping[str, tuple[Any, str]]) -> str:
     """The first problem in `error`."""
     problem = error.errors(include_url=False)[0]
-    key, *inner = problem["loc"]
-    wanted = StudyFile.model_fields[key].description
+    name, *inner = problem["loc"]
+    field = StudyFile.model_fields[name]
+    wanted = f"'{name}' must be {field.description}"
     if problem["type"] == "missing":
-        return f"{source}: '{key}' must be given; it is {wanted}."
-    origin, place = changes[key][1] if key in changes else source, f"'{key}' is {show(values[key])}"
-    if inner and isinstance(values[key], dict) and inner[0] in values[key]:
-        place = f"'{escaped(str(inner[0]))}' in '{key}' is {show(values[key][inner[0]])}"
-    return f"{origin}: {place}; '{key}' must be {wanted}."
+        return f"{source}: '{name}' must be given; it is {field.description}."
+    origin, place = changes[name][1] if name in changes else source, f"'{name}' is {show(values[name])}"
+    if inner and isinstance(values[name], dict) and inner[0] in values[name]:
+        part = str(inner[0])
+        place = f"'{escaped(part)}' in '{name}' is {show(values[name][part])}"
+        if field.annotation is SlurmKeys:
+            if part not in (fields := SlurmKeys.model_fields):
+                hint = nearest(part, fields) or f" It can have {', '.join(fields)}."
+                return f"{origin}: '{escaped(part[:60])}' in '{name}' is not known.{hint}"
+            wanted = f"it must be {allowed(part, fields[part])}"
+    return f"{origin}: {place}; {wanted}."
 
 
 def _mistakes(file: StudyFile) -> Iterator[str]:
     """What the types let pass, each as the sentence that follows the file's name."""
+    yield from _mistakes_of_a_search(file) if file.search else (
+        f": '{name}' has no effect without 'search'; leave it out." for name in _OF_SEARCHES
+        if name in file.model_fields_set)
+    yield from _mistakes_of_slurm(file)
     for name, variant in file.variants.items():
         if not _NAME.fullmatch(name):
             yield (f": the variant {show(name)} is named unlike a folder; use at most 80 letters, digits and . _ + -, a "
@@ -155,3 +202,25 @@ def _mistakes(file: StudyFile) -> Iterator[str]:
         for number, item in enumerate(items):
             if same[number] in same[:number]:
                 yield f", {place}: '{key}' holds {show(item)} twice; leave out one of the two."
+
+
+def _mistakes_of_slurm(file: StudyFile) -> Iterator[str]:
+    notice, minutes = file.slurm.notice_seconds, file.slurm.minutes
+    if notice >= 60 * minutes:
+        yield (f": 'notice_seconds' in 'slurm' is {notice}, not less than its 'minutes' of {minutes}; a job would be told to "
+               "end as it starts.")
+
+
+def _mistakes_of_a_search(file: StudyFile) -> Iterator[str]:
+    for name in ("variants", "grid"):
+        if getattr(file, name):
+            yield (f": '{name}' and 'search' cannot stand together; write the values as lists in 'search', or a study for "
+                   "each variant.")
+    if file.trials is None:
+        yield f": 'trials' must be given with 'search'; it is {StudyFile.model_fields['trials'].description}."
+    for seed in file.report_seed or []:
+        if seed in file.seed:
+            yield (f": {seed} is in 'seed', which selects, and in 'report_seed', which reports; a seed that has selected says "
+                   "too much of what it selected.")
+    if file.prune and len(file.measure) > 1:
+        yield ": 'prune' is true, but of two measures none tells which trial is hopeless; leave it out, or name one measure."

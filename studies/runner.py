@@ -1,57 +1,82 @@
-"""Runs a study: each run a process of its own, some at a time, what is finished skipped, what is not gone on with.
+"""Runs a study: what is finished is skipped, what is not is gone on with, where the study's `executor` says.
 
-An executor's threads start the processes and wait for them. Kept by hand is what no library keeps: a signal reaches the runs,
-which save and end, and a study that is killed leaves none behind.
+`studies/local.py` makes runs on this machine, `studies/slurm.py` in jobs of a cluster; `studies/search.py` decides what the
+trials of a search are.
 """
 
-import ctypes
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import threading
-import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
 from typing import Any
 
+from studies import job, local, slurm
+from studies.book import Book, discard, sentences
+from studies.search import Search
 from studies.study import Study, StudyRun
+from studies.trials import known_trials, table
 from utils.config import config_warnings
 from utils.config.rules import show
-from utils.data import DATASETS
-from utils.errors import UserError, unknown
+from utils.errors import UserError
 from utils.runs import folder as run_folder
-from utils.runs.files import write_json
 from utils.runs.lock import lock
 from utils.runs.processes import place
 from utils.runs.progress import LOGGER, format_seconds
-from utils.runs.signals import Signals, Stopped
-
-POLL_SECONDS = 0.1  # how often a signal is looked for
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def perform(study: Study, command: Sequence[str], dry_run: bool = False, overwrite: bool = False) -> int:
     """Runs what of the study is not finished, each run by `command --config FILE`; or with `dry_run` prints its runs.
 
     Returns the exit status: 0, or 1 when a run has failed. Every config is checked before anything is started. `overwrite`
-    sets the folders of all runs aside first, and no committed record counts. A signal is passed on to the runs, which save
-    and end; then raises Stopped. Raises UserError in a run of several processes, each of which would start all of the study.
+    sets the folders of all runs aside first, and no committed record counts. A signal is passed on to the runs of this
+    machine, which save and end; then raises Stopped. Raises UserError in a run of several processes, each of which would
+    start all of the study.
     """
     if place().processes > 1:
         raise UserError(f"{study.path}: a study starts its own processes; run it with the plain command, python main.py.")
+    failures = (_search if study.file.search else _runs)(study, command, dry_run, overwrite)
+    if dry_run:
+        return 0
+    for failure in failures:
+        LOGGER.info(f"Failed: {failure}")
+    if failures:
+        LOGGER.info(f"{len(failures)} of {len(study.runs())} runs failed; the same command "
+                    f"{'without --overwrite ' * overwrite}tries them again.")
+    LOGGER.info(f"Compare: python -m analysis.compare {shlex.quote(str(study.path))}")
+    return 1 if failures else 0
+
+
+class _Listed:
+    """The `Work` of a study that is no search: its runs, in order."""
+
+    def __init__(self, todo: Sequence[StudyRun]) -> None:
+        self.todo, self.left, self.failures = deque(todo), len(todo), []
+
+    def take(self) -> StudyRun | None:
+        return self.todo.popleft() if self.todo else None
+
+    def over(self) -> bool:
+        return not self.todo
+
+    def hopeless(self, run: StudyRun) -> bool:
+        return False
+
+    def ended(self, run: StudyRun, record: dict[str, Any] | None, failure: str) -> str:
+        self.left -= 1
+        if failure:
+            self.failures.append(f"{run.name} seed {run.seed}: {failure}")
+        return f"{self.left} left"
+
+
+def _runs(study: Study, command: Sequence[str], dry_run: bool, overwrite: bool) -> list[str]:
+    """Makes the runs of a study that is no search; what failed, a line each."""
     runs = study.runs()
     states = [_state(run, overwrite and not dry_run) for run in runs]
-    title = f"Study {study.name}: {len(runs)} runs in {study.filepath}"
+    todo = [run for run, state in zip(runs, states, strict=True) if state != "finished"]
+    jobs = min(study.jobs, len(todo))
+    title = f"Study {study.name}: {len(runs)} runs in {study.filepath}, {len(runs) - len(todo)} finished"
     if dry_run:
-        print("\n".join([f"{title}, {states.count('finished')} finished, {study.jobs} at a time", *_table(runs, states)]),
-              flush=True)
-        return 0
+        print("\n".join([f"{title}, {study.jobs} at a time", *_table(runs, states)]), flush=True)
+        return []
     for warning in dict.fromkeys(line for run in runs for line in config_warnings(run.config)):
         LOGGER.warning(warning)
     with lock(study.filepath):
@@ -59,25 +84,57 @@ def perform(study: Study, command: Sequence[str], dry_run: bool = False, overwri
             for run in runs:
                 if aside := run_folder.set_aside(run.folder):
                     LOGGER.info(f"--overwrite: what was in {run.folder} is now in {aside}")
-        todo = [run for run, state in zip(runs, states, strict=True) if state != "finished"]
-        jobs = min(study.jobs, len(todo))
-        LOGGER.info(f"{title}, {len(runs) - len(todo)} finished already" + (f"; {jobs} at a time" if todo else ""))
+        LOGGER.info(f"{title} already" + (f"; {jobs} at a time" if todo else ""))
         if overwrite and study.results is not None:
             LOGGER.info("--overwrite: committed records do not count; to go on after an interruption use --set results=null.")
-        failures = _Work(todo, jobs, command).finish() if todo else []
-    for failure in failures:
-        LOGGER.info(f"Failed: {failure}")
-    if failures:
-        LOGGER.info(f"{len(failures)} of {len(runs)} runs failed; the same command "
-                    f"{'without --overwrite ' * overwrite}tries them again.")
-    LOGGER.info(f"Compare: python -m analysis.compare {shlex.quote(str(study.path))}")
-    return 1 if failures else 0
+        work = _Listed(todo)
+        if todo and study.file.executor == "slurm":
+            slurm.carry_out(study, work, command)
+        elif todo:
+            local.carry_out(work, jobs, command)
+    return work.failures
+
+
+def _search(study: Study, command: Sequence[str], dry_run: bool, overwrite: bool) -> list[str]:
+    """Takes part in a search, or has jobs do so; what failed, a line each."""
+    file = study.file
+    title = f"Search {study.name}: {file.trials} trials in {study.filepath}"
+    if dry_run:
+        print("\n".join([title, *table(study, known_trials(study))]), flush=True)
+        return []
+    if overwrite:
+        discard(study)
+        if aside := run_folder.set_aside(study.filepath):
+            LOGGER.info(f"--overwrite: what was in {study.filepath} is now in {aside}")
+    LOGGER.info(f"{title}; {study.jobs} at a time")
+    if file.executor == "slurm":
+        Book.begin(study)  # what is wrong with the storage is said here, and not by every job
+        failures = _search_in_jobs(study, command)
+    else:
+        search = Search(study)
+        with sentences(study):
+            local.carry_out(search, study.jobs, command)
+        failures = search.failures
+    for line in table(study, known_trials(study)):
+        LOGGER.info(line)
+    return failures
+
+
+def _search_in_jobs(study: Study, command: Sequence[str]) -> list[str]:
+    """Has as many jobs as `jobs` says take part in a search, each as one process; what failed, a line each."""
+    words = [*command, *study.arguments, "--set", "executor=local", "--set", "jobs=1"]
+    tasks = [slurm.Task(f"process {number}", words, (study.filepath / f"process_{number}.log").resolve())
+             for number in range(study.jobs)]
+    failures = []
+    for task, status, seconds in slurm.finished(study, tasks, len(tasks)):
+        reason = status if isinstance(status, str) else job.failure(status, task.log) if status else ""
+        LOGGER.info(f"{'Failed' if reason else 'Finished'}  {task.name} after {format_seconds(seconds)}")
+        failures += [f"{task.name}: {reason} (log {task.log})"] if reason else []
+    return failures
 
 
 def _state(run: StudyRun, overwrite: bool) -> str:
-    """"finished", "begun" or "to do"; raises UserError if the run cannot be made."""
-    if run.config.dataset not in DATASETS:
-        raise unknown("dataset", run.config.dataset, DATASETS)
+    """"finished", "begun" or "to do"; raises UserError if the run's folder or record is of another config."""
     if not overwrite and run.record():
         return "finished"
     return "begun" if not overwrite and (run.folder / "config.json").exists() else "to do"
@@ -89,110 +146,3 @@ def _table(runs: Sequence[StudyRun], states: Sequence[str]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     changes = [", ".join(f"{key}={show(value)}" for key, value in run.changes.items()) or "no changes" for run in runs]
     return ["  ".join([*map(str.ljust, row, widths), changed]) for row, changed in zip(rows, changes, strict=True)]
-
-
-class _Work:
-    """The runs that are to be made, `jobs` at a time, in order."""
-
-    def __init__(self, todo: Sequence[StudyRun], jobs: int, command: Sequence[str]) -> None:
-        self.todo, self.jobs, self.command = todo, jobs, command
-        self.threads = max(1, _cores() // jobs)
-        self.guard = threading.Lock()  # of what follows
-        self.places = list(reversed(range(jobs)))  # that no run has; with each goes a device
-        self.running: list[subprocess.Popen] = []
-        self.left, self.stopping = len(todo), False
-        self.failures: list[str] = []
-
-    def finish(self) -> list[str]:
-        """Makes the runs; returns what failed, a line each. Raises Stopped after a signal, when every run has ended."""
-        with Signals() as signals, ThreadPoolExecutor(self.jobs) as executor:
-            waiting = {executor.submit(self._make, run) for run in self.todo}
-            try:
-                while waiting:
-                    done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-                    for each in done:
-                        each.result()
-                    if signals.received is not None:
-                        raise Stopped(signals.received)
-            except BaseException as error:
-                self._stop(error.signal if isinstance(error, Stopped) else signal.SIGTERM)
-                raise
-        return self.failures
-
-    def _make(self, run: StudyRun) -> None:
-        """Starts the run, waits for its end and says how that was; does nothing once the study stops."""
-        started, log = time.monotonic(), run.folder.with_name(f"{run.folder.name}.log")
-        with self.guard:
-            if self.stopping:
-                return
-            at = self.places.pop()
-            process = self._start(run, run.config.device[at % len(run.config.device)], log)
-            self.running.append(process)
-            LOGGER.info(f"Started   {run.name} seed {run.seed}, log {log}")
-        process.wait()
-        seconds = format_seconds(time.monotonic() - started)
-        with self.guard:
-            self.running.remove(process)
-            self.places.append(at)
-            self.left -= 1
-            try:
-                last = _record(run, process.returncode, log.with_suffix(".err"))["metrics"]["last_accuracy"]
-                LOGGER.info(f"Finished  {run.name} seed {run.seed} in {seconds}, last accuracy {last:.2f}; {self.left} left")
-            except UserError as failure:
-                if self.stopping:
-                    LOGGER.info(f"Stopped   {run.name} seed {run.seed} after {seconds}; {self.left} left")
-                    return
-                self.failures.append(f"{run.name} seed {run.seed}: {failure} (log {log})")
-                LOGGER.info(f"Failed    {run.name} seed {run.seed} after {seconds}: {failure}; {self.left} left")
-
-    def _start(self, run: StudyRun, device: str, log: Path) -> subprocess.Popen:
-        """The run's process; `<folder>.log` and `<folder>.err` take what it prints, `<folder>.config.json` is its config."""
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            # The resolved config, not the base with its changes: an edit of the base while a study runs must not split it.
-            config = log.with_suffix(".config.json")
-            write_json(config, run.config.model_copy(update={"device": [device]}).model_dump(mode="json"))
-            with open(log, "wb") as out, open(log.with_suffix(".err"), "wb") as err:
-                # In a session of its own: a Ctrl-C reaches it once, from here, and not from the terminal as well.
-                return subprocess.Popen(
-                    [*self.command, "--config", str(config)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                    env={"OMP_NUM_THREADS": str(self.threads), **os.environ}, start_new_session=True,
-                    preexec_fn=partial(_end_with_parent, os.getpid()))
-        except OSError as error:
-            raise UserError(f"{log.parent}: run '{run.name}' cannot be started there ({error.strerror or error}); mend that, "
-                            "or choose another 'filepath', then run the same command again.") from error
-
-    def _stop(self, number: signal.Signals) -> None:
-        """Starts nothing more and passes the signal on; the runs save and end, which the executor waits for."""
-        with self.guard:
-            self.stopping = True
-            LOGGER.info(f"{number.name}: waiting for {len(self.running)} runs to save and end")
-            for process in self.running:
-                process.send_signal(number)
-
-
-def _record(run: StudyRun, status: int, err: Path) -> dict[str, Any]:
-    """The finished record of the run, whose process has ended; raises UserError, one line, if it has not finished."""
-    lines = []
-    with suppress(OSError):
-        lines = [line for line in err.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        if not lines:
-            err.unlink()
-    if status == 0 and (record := run.own_record()):
-        return record
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    raise UserError(f"{how}, {lines[-1].strip() if lines else 'nothing on stderr'}")
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _end_with_parent(parent: int) -> None:
-    """In the child before it becomes the run: SIGTERM when the study dies, so that a study that was killed leaves nothing
-    running that would hold the folders. Linux alone can do that; elsewhere the lock of the run tells who has the folder."""
-    if _LIBC is not None:
-        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os._exit(143)

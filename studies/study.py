@@ -1,4 +1,5 @@
-"""Studies: one JSON file that stands for many runs, every combination of variant, grid values and seed.
+"""Studies: one JSON file that stands for many runs, every combination of variant, grid values and seed, or the trials of a
+search.
 
 `load_study` settles the config of every run before anything is started; `Study.runs()` is what the runner
 (`studies/runner.py`) and the comparison of finished runs go through. `python -m studies.study collect STUDY.json` copies
@@ -13,13 +14,16 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from studies.file import StudyFile, is_study, read_base, read_study_file
+from studies.space import Space, read_space
 from utils.config import Config, command_line_changes, config_from_dict
 from utils.config.rules import escaped
-from utils.errors import UserError
+from utils.data import DATASETS
+from utils.errors import UserError, unknown
 from utils.runs import folder as run_folder
 from utils.runs.files import read_sealed_json, write_bytes
 
@@ -27,17 +31,19 @@ __all__ = ["Study", "StudyRun", "is_study", "load_study"]
 
 _LONGEST_NAME = 200  # file systems take 255 bytes, and setting a folder aside adds some
 # Keys of the study that the command line may change; every other key is one of the runs' config.
-_OWN_KEYS = ("seed", "jobs", "filepath", "results")
+_OWN_KEYS = ("seed", "jobs", "filepath", "results", "trials", "measure", "report_seed", "prune", "storage",
+             "executor")
 
 
 @dataclass(frozen=True)
 class StudyRun:
     """One run of a study: one config, one seed, one folder.
 
-    name: the variant and the grid's values, `sdlora,rank=4`; the same for every seed. variant: "" in a study without
-    variants. changes: the config keys that variant and grid set, with their values, None where they drop what the base
-    gives. config: the resolved config, with this seed and folder. recorded: where a committed record of the run would lie;
-    None in a study without `results`.
+    name: the variant and the grid's values, `sdlora,rank=4`, or the trial, `trial_7`; the same for every seed. variant: "" in
+    a study without variants. changes: the config keys that variant and grid set, or the trial has drawn, with their values,
+    None where they drop what the base gives. config: the resolved config, with this seed and folder. recorded: where a
+    committed record of the run would lie; None in a study without `results`. reports: it is one of the chosen setting of a
+    search, on a seed that had no part in choosing it.
     """
 
     name: str
@@ -47,6 +53,7 @@ class StudyRun:
     folder: Path
     config: Config
     recorded: Path | None
+    reports: bool = False
 
     def record(self) -> dict[str, Any] | None:
         """The finished record (`results.json`) of this run, from its folder or else a committed one; None without either.
@@ -84,21 +91,89 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with every config resolved. filepath: folder of all runs. results: folder of committed records, or None."""
+    """A study with every config checked.
+
+    fixed: config keys that the command line sets for every run. options: key -> the option that changed it, in words.
+    arguments: those of the command line that make this study of its file again, in another process.
+    """
 
     path: Path
-    filepath: Path
-    results: Path | None
-    jobs: int
-    all_runs: tuple[StudyRun, ...]
+    file: StudyFile
+    fixed: Mapping[str, Any]
+    options: Mapping[str, str]
+    arguments: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.path.stem
 
+    @property
+    def filepath(self) -> Path:
+        """The folder of all runs."""
+        return Path(self.file.filepath or f"./runs/studies/{self.name}/")
+
+    @property
+    def results(self) -> Path | None:
+        """The folder of committed records."""
+        return None if self.file.results is None else Path(os.path.normpath(self.path.parent / self.file.results))
+
+    @property
+    def jobs(self) -> int:
+        """How many runs, or processes of a search, are made at a time."""
+        return self.file.jobs or (1 if self.file.search or self.file.executor == "local" else len(self._combined))
+
     def runs(self) -> list[StudyRun]:
-        """Every run. Seed after seed: once the first seed is through there is a result of everything."""
-        return list(self.all_runs)
+        """Every run. Seed after seed: once the first seed is through there is a result of everything. Of a search, those of
+        the trials so far, and once all have ended, those of the chosen setting."""
+        if not self.file.search:
+            return list(self._combined)
+        from studies.trials import search_runs  # which is above this module
+
+        return search_runs(self)
+
+    @cached_property
+    def _combined(self) -> tuple[StudyRun, ...]:
+        combinations = list(_combinations(self.file))
+        _check_names([name for name, _, _ in combinations], escaped(str(self.path)))
+        return tuple(self.run_of(name, varied, seed, variant)
+                     for seed, (name, variant, varied) in itertools.product(self.file.seed, combinations))
+
+    @cached_property
+    def space(self) -> Space:
+        """What a search draws from."""
+        return read_space(self.file.search, {**self._bases[""], **self.fixed}, f"{escaped(str(self.path))}, search")
+
+    def check(self) -> None:
+        """Settles the config of every run, and of what a search could draw; raises UserError for the first that is wrong."""
+        if not self.file.search:
+            self._combined  # noqa: B018  (made here, and kept)
+        else:
+            for values in self.space.extremes():
+                self.run_of("trial", values, self.file.seed[0])
+
+    @cached_property
+    def _bases(self) -> dict[str, dict[str, Any]]:
+        """By variant, the values in its base."""
+        return {variant: read_base(self._base_of(variant), escaped(str(self.path))) for variant in self.file.variants or [""]}
+
+    def _base_of(self, variant: str) -> Path:
+        return Path(os.path.normpath(self.path.parent / self.file.base_of(variant)))
+
+    def run_of(self, name: str, varied: Mapping[str, Any], seed: int, variant: str = "", reports: bool = False) -> StudyRun:
+        """The run with this name that changes the keys in `varied`; raises UserError if its config is wrong."""
+        source = escaped(str(self.path))
+        given = {**self._bases[variant], **varied}
+        given = {key: value for key, value in given.items() if value is not None or key not in varied} | self.fixed
+        places = {key: f"{source}, {self.file.place_of(key, variant)}" for key in varied}
+        folder = self.filepath / name / f"seed_{seed}"
+        if self.file.search:
+            given = self.space.effective(given)
+        config = config_from_dict({**given, "seed": [seed], "filepath": str(folder)},
+                                  escaped(str(self._base_of(variant))), options={**places, **self.options})
+        if config.dataset not in DATASETS:
+            raise unknown("dataset", config.dataset, DATASETS)
+        recorded = None if self.results is None else self.results / name / f"seed_{seed}.json"
+        return StudyRun(name, variant, varied, seed, folder, config, recorded, reports)
 
     def collect(self) -> str:
         """Copies finished records from the folders of the runs to `results`; what it did, in words.
@@ -110,12 +185,17 @@ class Study:
             raise UserError(f"{self.path}: has no 'results', the folder to collect records in; add it to the study.")
         have = {run.recorded for run in self.runs() if run.committed_record()}
         finished = [run for run in self.runs() if run.own_record()]
-        for run in finished:
+        for folder in [self.results, *(run.recorded.parent for run in finished)]:
             try:
-                run.recorded.parent.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"results: the folder '{run.recorded.parent}' cannot be made ({error.strerror}).") from error
+                raise UserError(f"results: the folder '{folder}' cannot be made ({error.strerror}).") from error
+        for run in finished:
             write_bytes(run.recorded, (run.folder / "results.json").read_bytes())
+        if self.file.search:
+            from studies.trials import collect_trials
+
+            collect_trials(self)
         missing = len(self.runs()) - len(have | {run.recorded for run in finished})
         return f"{len(finished)} records copied to {self.results}; of {len(self.runs())} runs {missing} have none yet."
 
@@ -123,8 +203,8 @@ class Study:
 def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -> Study:
     """The study in the file `path` with the changes of the command line; arguments as for `utils.config.load_config`.
 
-    `--set` changes `jobs`, `filepath` or `results` of the study, or a config key, for every run, that the study does not
-    vary. Raises UserError, one sentence, for anything wrong in the file, in a base, or in the config of any run.
+    `--set` changes a key of the study, such as `jobs`, `filepath` or `results`, or a config key, for every run, that the study
+    does not vary. Raises UserError, one sentence, for anything wrong in the file, in a base, or in the config of any run.
     """
     path, source = Path(path), escaped(str(path))
     changes = command_line_changes(overrides, **values)
@@ -132,23 +212,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -
     for key, place in file.varied():
         if key in changes:
             raise UserError(f"{changes[key][1]}: '{key}' is varied by the study ({source}, {place}); change it there.")
-    root = Path(file.filepath or f"./runs/studies/{path.stem}/")
-    results = None if file.results is None else Path(os.path.normpath(path.parent / file.results))
-    fixed = {key: value for key, (value, _) in changes.items() if key not in _OWN_KEYS}
-    options = {key: option for key, (_, option) in changes.items()}
-    combinations = list(_combinations(file))
-    _check_names([name for name, _, _ in combinations], source)
-    runs = []
-    for seed, (name, variant, varied) in itertools.product(file.seed, combinations):
-        base, folder = Path(os.path.normpath(path.parent / file.base_of(variant))), root / name / f"seed_{seed}"
-        given = {**read_base(base, source), **varied}
-        given = {key: value for key, value in given.items() if value is not None or key not in varied}
-        places = {key: f"{source}, {file.place_of(key, variant)}" for key in varied}
-        config = config_from_dict({**given, **fixed, "seed": [seed], "filepath": str(folder)}, escaped(str(base)),
-                                  options={**places, **options})
-        recorded = None if results is None else results / name / f"seed_{seed}.json"
-        runs.append(StudyRun(name, variant, varied, seed, folder, config, recorded))
-    return Study(path, root, results, file.jobs, tuple(runs))
+    given = [word for key, value in values.items() if value is not None for word in (f"--{key}", *map(str, value))]
+    given += [word for text in overrides if text.partition("=")[0].strip() not in ("executor", "jobs")
+              for word in ("--set", text)]
+    study = Study(path, file, {key: value for key, (value, _) in changes.items() if key not in _OWN_KEYS},
+                  {key: option for key, (_, option) in changes.items()},
+                  ("--config", str(path.resolve()), *given))
+    study.check()
+    return study
 
 
 def _combinations(file: StudyFile) -> Iterator[tuple[str, str, dict[str, Any]]]:

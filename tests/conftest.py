@@ -1,11 +1,14 @@
-"""What every session of tests begins with: on what it runs."""
+"""What holds for all tests: a session says on what it runs, and a run in this process draws its pictures only within
+`helpers.pictures`."""
 
 import importlib.metadata
 import platform
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+import trainer
 from tests.helpers import ROOT
 
 
@@ -20,3 +23,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(f"python {platform.python_version()}, {installed}; {torch.get_num_threads()} threads")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """They take a third of the time of a small run; tests/utils/results/test_plots.py is about them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_pictures", lambda result, folder: [])
+        yield

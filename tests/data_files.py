@@ -1,4 +1,4 @@
-"""Tiny data sets in the formats of the real ones, for tests.
+"""Tiny data sets in the formats of the real ones and in memory, and streams of them, for tests.
 
 Every image is a plain color drawn from its class with some noise, so that a network can learn the classes.
 """
@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
+
+from utils.data import Dataset, Split
+from utils.data.augmentation import Augmentation
+from utils.data_manager import DataManager
+from utils.rng import generator
 
 
 def class_pixels(label: int, number: int, height: int, width: int) -> np.ndarray:
@@ -111,3 +117,32 @@ def write_domainnet(
 def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def tensor_dataset(classes: int = 6, per_class: int = 8, size: int = 12) -> Dataset:
+    """Random images, no two alike."""
+
+    def split(count: int, key: str) -> Split:
+        labels = np.tile(np.arange(classes), count)
+        images = torch.randint(
+            0, 256, (len(labels), 3, size, size), dtype=torch.uint8, generator=generator(0, "images", key)
+        )
+        return Split(images, labels)
+
+    names = [f"class{label}" for label in range(classes)]
+    return Dataset("tensors", split(per_class, "train"), split(3, "test"), names, Augmentation())
+
+
+def manager(dataset: Dataset, **options: object) -> DataManager:
+    return DataManager(dataset, **{"init_cls": 2, "increment": 2, "seed": 1993, "image_size": 16, **options})
+
+
+def epoch(data: DataManager, task: int = 0, number: int = 0, batch_size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and labels of an epoch, in order."""
+    images, labels = zip(*data.train_batches(task, number, batch_size), strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def views(data: DataManager, split: str, classes: range, batch_size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*data.eval_batches(split, classes, batch_size), strict=True)
+    return torch.cat(images), torch.cat(labels)

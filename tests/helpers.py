@@ -3,24 +3,29 @@
 import copy
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+import trainer
 from backbone.embedded import EMBEDDED
 from backbone.gates import Gate, GumbelGate
 from backbone.lora import AdapterBank, inject
 from benchmarks.references import loop_layers
 from models import LEARNERS, BaseLearner
 from models.base import Session
+from tests.tiny_backbone import TINY
 from trainer import Quiet, build, run
 from utils.config import Config, config_from_dict
 from utils.config.components import chosen, config_class
 from utils.results.metrics import TaskCounts, summary
+from utils.results.plots import write_pictures
 from utils.rng import generator
 from utils.runs.files import write_sealed_json
 
@@ -30,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "backbone_type": EMBEDDED, "init_epoch": 1,
          "epochs": 1, "batch_size": 32, "init_lr": 0.01, "lrate": 0.01, "gate_lr": 0.2, "rank": 4, "device": "cpu"}
+PRETRAINED = {"backbone_type": EMBEDDED, "pretrained": True}
 
 
 def small_values(**changes: Any) -> dict[str, Any]:
@@ -41,6 +47,23 @@ def small_values(**changes: Any) -> dict[str, Any]:
 def small_config(folder: Path | str = "./unused/", **changes: Any) -> Config:
     """A config that trains in seconds."""
     return config_from_dict({**small_values(**changes), "filepath": str(folder)})
+
+
+# What a method wants of a run as small as these; most want nothing.
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "l2p": {"pool_size": 6, "prompt_length": 2, "top_k": 3, "init_lr": 0.5, "lrate": 0.5},
+    "litelora": {"batch_size_p2": 32},
+}
+
+
+def method_values(name: str, **changes: Any) -> dict[str, Any]:
+    """Values of a config with which the method `name` learns two tasks in a second."""
+    return small_values(**{**TINY, "nb_tasks": 2, "model_name": name, **OF_METHOD.get(name, {}), **changes})
+
+
+def tiny_config(folder: Path | str = "./unused/", **changes: Any) -> Config:
+    """As `small_config`, on the network of tests/tiny_backbone.py: a tenth of the time, where no accuracy matters."""
+    return small_config(folder, **{**TINY, **changes})
 
 
 def learner_of(config: Config, session: Session | None = None) -> BaseLearner:
@@ -73,6 +96,14 @@ def grown(learner: BaseLearner, tasks: range, begin_next: bool = False) -> BaseL
         learner.begin_task(tasks.stop)
         randomize(learner)
     return learner
+
+
+@contextmanager
+def pictures() -> Iterator[None]:
+    """Within it runs in this process draw their pictures, which tests/conftest.py keeps them from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_pictures", write_pictures)
+        yield
 
 
 class Interrupted(Exception):
@@ -208,6 +239,7 @@ IMAGES = 100  # of every task's test set
 def true_record(folder: Path) -> dict[str, Any]:
     """The record of a gated run on two tasks of the digits, trained for the purpose."""
     return run(small_config(folder, nb_tasks=2, eval_every=0))[0]
+
 
 def varied(base: dict[str, Any], seed: int = 1993, right: Sequence[Sequence[int]] | None = None, *, tasks: int = 3,
            last: int = 60, adapters: Sequence[int] | None = None, parameters: int = 1000, seconds: float = 2.0,

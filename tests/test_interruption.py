@@ -1,4 +1,8 @@
-"""SIGTERM in the middle of every kind of work: the run answers within two parts of it, and ends as if nothing had happened."""
+"""SIGTERM in the middle of every kind of work: the run answers within two parts of it, and ends as if nothing had happened.
+
+Of every method one moment within its last task. `GCL_LONG_FAULTS=1` adds every kind of work of every method, and a process
+of its own for each.
+"""
 
 import json
 import os
@@ -13,7 +17,12 @@ import pytest
 
 import trainer
 from main import main
-from tests.helpers import ROOT, small_values
+from models import LEARNERS
+from tests.helpers import PRETRAINED, ROOT, method_values, small_values
+from tests.tiny_backbone import TINY
+
+LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
+long = pytest.mark.skipif(not LONG, reason="part of the long form")
 
 # Runs whose work, taken together, is of every kind. Task 1 is refused where rows are to be fitted again.
 _TWO = {"nb_tasks": 2, "batch_size": 64}
@@ -25,6 +34,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "ridge": {**_TWO, "model_name": "finetune_head", "head": "ridge", "ridge_dim": 48},
     "aligned": {**_TWO, "model_name": "finetune_head", "head": "aligned", "align_epochs": 1, "align_samples": 32},
     "means": {**_TWO, "model_name": "simplecil"},
+}
+# The second task of the routed gate is of a new domain, so that its adapter is decided on and kept.
+METHODS: dict[str, dict[str, Any]] = {
+    **{name: method_values(name) for name in LEARNERS},
+    "routed": {**_TWO, "inference": "routed", "epochs": 2, "task_domains": ["negative", "plain"]},
 }
 # The run, the kind of work, and the call of that kind at which the signal comes: within task 1 where there is one.
 CASES = [("gated", "features for the row fit", 2), ("ridge", "ridge_lambda", 8), ("means", "class means", 7)]
@@ -48,7 +62,6 @@ class Record:
         step, work = trainer.Run.after_step, trainer.Run.work
         monkeypatch.setattr(trainer.Run, "after_step", lambda run: (self.note("step"), step(run)))
         monkeypatch.setattr(trainer.Run, "work", lambda run, title, *a, **k: (self.note(title), work(run, title, *a, **k)))
-        monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: None)
 
     def note(self, title: str) -> None:
         kind = title.split(": ")[-1]
@@ -62,10 +75,11 @@ class Record:
         return self.counts.get(self.kind, 0) >= self.number
 
 
-def config_file(folder: Path, name: str) -> str:
+def config_file(folder: Path, name: str, **changes: Any) -> str:
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**small_values(**RUNS[name]), "filepath": str(folder / "run")}))
+    values = small_values(**{**TINY, **{**RUNS, **METHODS}[name], **changes})
+    path.write_text(json.dumps({**values, "filepath": str(folder / "run")}))
     return str(path)
 
 
@@ -77,7 +91,7 @@ def files(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Callable[[str], tuple[list, dict[str, int]]]:
-    """What a run of `RUNS` leaves and the calls it makes; each is run once."""
+    """What a run of `RUNS` or `METHODS` leaves and the calls it makes; each is run once."""
     done: dict[str, tuple[list, dict[str, int]]] = {}
 
     def of(name: str) -> tuple[list, dict[str, int]]:
@@ -92,19 +106,40 @@ def undisturbed(tmp_path_factory) -> Callable[[str], tuple[list, dict[str, int]]
     return of
 
 
-@pytest.mark.parametrize("name, kind, number", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
-def test_a_signal_is_answered_and_the_run_ends_with_the_same_bits(name: str, kind: str, number: int, undisturbed, tmp_path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(name: str, kind: str, number: int, undisturbed: Callable, folder: Path) -> None:
+    """A run that gets a signal at call `number` of a `kind` of work, and goes on."""
     expected, counts = undisturbed(name)
     assert number < counts[kind], f"the run has {counts} of each"
-    path = config_file(tmp_path, name)
-    with monkeypatch.context() as patch:
+    path = config_file(folder, name)
+    with pytest.MonkeyPatch.context() as patch:
         record = Record(patch, kind, number)
         assert main(["--config", path]) == 143
         assert record.sent and record.since <= 2, "answered at once"
-    monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: None)
     assert main(["--config", path]) == 0
-    assert files(tmp_path) == expected
+    assert files(folder) == expected
+
+
+@pytest.mark.parametrize("name, kind, number", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
+def test_a_signal_is_answered_and_the_run_ends_with_the_same_bits(name: str, kind: str, number: int, undisturbed,
+                                                                  tmp_path: Path) -> None:
+    interrupted(name, kind, number, undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_within_a_task_to_the_same_bits(name: str, undisturbed, tmp_path: Path) -> None:
+    """Three quarters through its steps, or through most of what it does where it has none."""
+    counts = undisturbed(name)[1]
+    kind = "step" if "step" in counts else max(counts, key=counts.get)
+    interrupted(name, kind, 3 * counts[kind] // 4, undisturbed, tmp_path)
+
+
+@long
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_kind_of_work_of_every_method(name: str, undisturbed, tmp_path: Path) -> None:
+    for kind, count in undisturbed(name)[1].items():
+        if count > 1:
+            interrupted(name, kind, count - 1, undisturbed, tmp_path / kind.replace(" ", "_"))
 
 
 @pytest.mark.slow
@@ -114,9 +149,12 @@ def test_every_kind_of_work_is_interrupted(undisturbed) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_signal_to_a_real_process(undisturbed, tmp_path: Path) -> None:
-    """Sent once the log shows that task 0 is over: task 1 has steps, a row fit and an evaluation ahead."""
-    path = config_file(tmp_path, "gated")
+@pytest.mark.parametrize("name", ["gated", *(pytest.param(name, marks=long) for name in METHODS if name != "joint")])
+def test_a_real_signal_to_a_real_process(name: str, tmp_path: Path) -> None:
+    """Sent once the log shows that task 0 is over: task 1, which joint training lacks, has steps, a row fit and an evaluation
+    ahead, on the embedded network so many that the signal comes in time on a busy machine too."""
+    assert main(["--config", config_file(tmp_path / "whole", name, **PRETRAINED)]) == 0
+    path = config_file(tmp_path, name, **PRETRAINED)
     command = [sys.executable, "main.py", "--config", path]
     alone = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True, "stdout": subprocess.PIPE}
     process = subprocess.Popen(command, **alone)
@@ -125,5 +163,5 @@ def test_a_real_signal_to_a_real_process(undisturbed, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 143
     assert subprocess.run(command, **alone).returncode == 0
-    ours, theirs = files(tmp_path), undisturbed("gated")[0]
+    ours, theirs = files(tmp_path), files(tmp_path / "whole")
     assert [task["files"] for task in ours] == [task["files"] for task in theirs]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import learn, learner_of, small_config, test_images
+from tests.helpers import learn, learner_of, test_images, tiny_config
 
 
 def test_5_evaluation_sees_neither_a_pruned_adapter_nor_the_training_gate() -> None:
-    learner = learner_of(small_config(growth_threshold=1.0, refit_epochs=0))
+    learner = learner_of(tiny_config(growth_threshold=1.0, refit_epochs=0))
     learn(learner, range(1))
     learner.start_evaluation()
     before = learner.predict(test_images(learner))
@@ -28,7 +28,7 @@ def test_5_evaluation_sees_neither_a_pruned_adapter_nor_the_training_gate() -> N
 
 
 def test_5_all_kept_adapters_are_summed() -> None:
-    learner = learner_of(small_config(growth_rule="none"))
+    learner = learner_of(tiny_config(growth_rule="none"))
     learn(learner, range(3))
     x = test_images(learner)
     outputs = []
@@ -39,7 +39,7 @@ def test_5_all_kept_adapters_are_summed() -> None:
 
 
 def test_6_masks_and_magnitudes_survive_the_next_task() -> None:
-    learner = learner_of(small_config())
+    learner = learner_of(tiny_config())
     learn(learner, range(1))
     learn(learner, range(1, 2), end_last=False)
     learner.gate.replace(torch.tensor([3.0, 0.0]))
@@ -60,7 +60,7 @@ def test_9_nothing_draws_from_or_moves_the_global_streams() -> None:
         np.random.seed(seed)
         random.seed(seed)
         before = (torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
-        learner = learner_of(small_config(nb_tasks=2))
+        learner = learner_of(tiny_config(nb_tasks=2))
         learn(learner, range(2))
         assert torch.equal(before[0], torch.random.get_rng_state())
         assert np.array_equal(before[1], np.random.get_state()[1]) and before[2] == random.getstate()
@@ -70,7 +70,7 @@ def test_9_nothing_draws_from_or_moves_the_global_streams() -> None:
 
 @pytest.mark.slow
 def test_12_more_than_twenty_tasks_any_rank() -> None:
-    learner = learner_of(small_config(dataset="glyphs", init_cls=2, increment=2, nb_tasks=23, rank=3, growth_rule="none",
+    learner = learner_of(tiny_config(dataset="glyphs", init_cls=2, increment=2, nb_tasks=23, rank=3, growth_rule="none",
                                       batch_size=128))
     learn(learner, range(23))
     assert learner.bank.tasks == list(range(23)) and learner.bank.A.shape[2] == 69

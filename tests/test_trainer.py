@@ -19,15 +19,16 @@ from main import main
 from models import LEARNERS, load_network
 from models.recipes import GATES
 from models.sdlora import SDLoRA
-from tests.helpers import ROOT, SMALL, learn, learner_of, small_config, small_values
+from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_values, tiny_config
+from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
-from utils.results.metrics import TaskCounts, count_predictions, summary
+from utils.results.metrics import ClassCounts, TaskCounts, count_predictions, summary, tally_classes
 from utils.runs.progress import LOGGER
 
 
 def write_config(folder: Path, **changes) -> Path:
     path = folder / "config_file.json"
-    path.write_text(json.dumps({**SMALL, "filepath": str(folder / "run"), **changes}))
+    path.write_text(json.dumps({**SMALL, **TINY, "filepath": str(folder / "run"), **changes}))
     return path
 
 
@@ -59,7 +60,7 @@ def test_artifacts_are_those_of_the_contract(run: Path) -> None:
         assert data["beta_values"].dtype == torch.float32 and data["beta_values"].shape == (task + 1,)
         assert data["beta_values"].sum().item() == pytest.approx(1) and data["beta_after"].sum().item() == pytest.approx(1)
         assert data["pruning_mask"].dtype == torch.int64 and data["pruning_mask"].shape == (3,)
-        assert data["alphas"].shape == (task + 1, 6, 2) and data["alphas"].dtype == torch.float32
+        assert data["alphas"].shape == (task + 1, BLOCKS, 2) and data["alphas"].dtype == torch.float32
         assert data["gate_logits"].shape == (task + 1,) and data["gate_scale"] == 1.0
         assert data["kept"] == bool(data["pruning_mask"][task]) == bool(data["beta_values"][task] > 0.2 or task == 0)
         assert (data["task_id"], data["threshold"], data["tau"], data["growth_rule"]) == (task, 0.2, 0.5, "threshold")
@@ -71,11 +72,11 @@ def test_artifacts_are_those_of_the_contract(run: Path) -> None:
         assert adapter.exists() is data["kept"]
         if data["kept"]:
             tensors = load_file(adapter)
-            assert len(tensors) == 6 * 4 and tensors["blocks.5.v.A"].shape == (4, 128)
-            direction = tensors["blocks.2.q.B"] @ tensors["blocks.2.q.A"]
+            assert len(tensors) == BLOCKS * 4 and tensors["blocks.1.v.A"].shape == (4, WIDTH)
+            direction = tensors["blocks.0.q.B"] @ tensors["blocks.0.q.A"]
             assert torch.linalg.matrix_norm(direction).item() == pytest.approx(1, abs=1e-5)
         head = load_file(run / f"head_task_{task}.safetensors")
-        assert head["weight"].shape == (2 * task + 2, 128) and head["bias"].shape == (2 * task + 2,)
+        assert head["weight"].shape == (2 * task + 2, WIDTH) and head["bias"].shape == (2 * task + 2,)
     assert kept[0]
     assert not list(run.glob(".*.part"))
 
@@ -93,25 +94,29 @@ def test_analysis_snippets_run_as_they_are(run: Path) -> None:
 
 @pytest.mark.slow
 def test_i3_a_fresh_process_rebuilds_the_evaluated_network(run: Path, tmp_path: Path) -> None:
-    learner = learner_of(small_config(run, growth_threshold=0.2))
+    learner = learner_of(tiny_config(run, growth_threshold=0.2))
     learn(learner, range(3))
     images = next(iter(learner.data.eval_batches("test", range(6), 32)))[0]
     learner.start_evaluation()
     torch.save((images, learner.predict(images)), tmp_path / "expected.pt")
-    script = ("import sys, torch; from models import load_network; torch.set_num_threads(int(sys.argv[3]));"
+    script = ("import sys, torch, tests.tiny_backbone;"
+              "from models import load_network; torch.set_num_threads(int(sys.argv[3]));"
               "x, y = torch.load(sys.argv[1]); z = load_network(sys.argv[2], 2)(x); assert torch.equal(y, z)")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "expected.pt"), str(run), str(torch.get_num_threads())],
                    check=True, cwd=ROOT)
 
 
 def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> None:
-    learner, record = learner_of(small_config(run)), result_of(run)
+    learner, record = learner_of(tiny_config(run)), result_of(run)
     for task in range(3):
         network = load_network(run, task)
-        counts = TaskCounts.zeros(task + 1)
+        counts, by_class = TaskCounts.zeros(task + 1), torch.zeros(2 * task + 2, task + 2, dtype=torch.long)
         for images, labels in learner.data.eval_batches("test", range(2 * task + 2), 32):
-            counts += count_predictions(network(images), labels, learner.data.task_of_class, task + 1)
+            logits = network(images)
+            counts += count_predictions(logits, labels, learner.data.task_of_class, task + 1)
+            by_class += tally_classes(logits, labels, torch.as_tensor(learner.data.task_of_class), task + 1)
         assert counts == TaskCounts(**record["tasks"][task]["counts"])
+        assert ClassCounts.of(by_class) == ClassCounts(**record["tasks"][task]["class_counts"])
 
 
 def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
@@ -123,7 +128,7 @@ def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
     assert record["split_sha256"] == json.loads((run / "split.json").read_text())["sha256"]
     assert record["metrics"] == summary([TaskCounts(**task["counts"]) for task in record["tasks"]])
     first = record["tasks"][0]
-    assert first["trainable_parameters"] == 6 * 2 * (2 * 4 * 128) + 6 * 2 + 1 + 2 * 129
+    assert first["trainable_parameters"] == BLOCKS * 2 * (2 * 4 * WIDTH + 1) + 1 + 2 * (WIDTH + 1)
     assert all(task["seconds"] > 0 and task["peak_memory_bytes"] > 0 for task in record["tasks"])
 
 
@@ -186,7 +191,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys) -> None:
     assert main(["--config", str(path), "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["init_alpha"] == 1.0 and printed["split"]["task_sizes"] == [2, 2, 2]
-    assert printed["trainable_parameters_task_0"] == 12559
+    assert printed["trainable_parameters_task_0"] == BLOCKS * 2 * (2 * 4 * WIDTH + 1) + 1 + 2 * (WIDTH + 1)
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +208,7 @@ def test_a_dry_run_computes_nothing_on_images(changes: dict, tmp_path: Path, cap
     for name in ("train_batches", "eval_batches"):
         monkeypatch.setattr(DataManager, name, no_images)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**small_values(**changes), "filepath": str(tmp_path / "run")}))
+    path.write_text(json.dumps({**small_values(**TINY, **changes), "filepath": str(tmp_path / "run")}))
     assert main(["--config", str(path), "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["dataset"] == "digits" and (printed["trainable_parameters_task_0"] > 0) is (
@@ -213,7 +218,7 @@ def test_a_dry_run_computes_nothing_on_images(changes: dict, tmp_path: Path, cap
 @pytest.mark.parametrize("name", ["finetune_head", "simplecil"])
 def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "c.json"
-    path.write_text(json.dumps({**small_values(model_name=name, nb_tasks=2), "filepath": str(tmp_path / "run")}))
+    path.write_text(json.dumps({**method_values(name), "filepath": str(tmp_path / "run")}))
     assert main(["--config", str(path)]) == 0
     assert result_of(tmp_path / "run")["tasks"][-1]["active_adapters"] == 0
     message = refused(capsys, "--config", str(path), "--set", "rank=3")
@@ -225,11 +230,11 @@ def test_controls_run_and_refuse_what_does_nothing(name: str, tmp_path: Path, ca
     ({"dataset": "digit"}, ["dataset", "digits"]),
     ({"backbone_type": "vit_base_patch16_242"}, ["backbone_type", "vit_base_patch16_224"]),
     ({"backbone_type": "resnet10t", "pretrained": False}, ["resnet10t", "qkv"]),
-    ({"rank": 129}, ["rank", "128"]),
+    ({"rank": 33}, ["rank", "32"]),
     ({"init_cls": 11}, ["init_cls", "10"]),
     ({"init_cls": 1, "increment": 1}, ["init_cls"]),
     ({"dataset": "folder", "data_path": "/nowhere"}, ["/nowhere", "train"]),
-    ({"backbone_weights": "/nowhere.safetensors"}, ["backbone_weights", "/nowhere.safetensors"]),
+    ({**PRETRAINED, "backbone_weights": "/nowhere.safetensors"}, ["backbone_weights", "/nowhere.safetensors"]),
     ({"filepath": "/proc/no/such"}, ["filepath", "/proc/no/such"]),
 ])
 def test_bad_input_is_one_sentence(changes: dict, words: list[str], tmp_path: Path, capsys) -> None:
@@ -257,10 +262,11 @@ def test_a_run_that_is_no_longer_finite_ends_in_one_sentence_and_can_go_on(tmp_p
 
 def test_unfitting_weights_are_named(tmp_path: Path, capsys) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "w.pth")
-    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "w.pth"))))
+    message = refused(capsys, "--config", str(write_config(tmp_path, **PRETRAINED, backbone_weights=str(tmp_path / "w.pth"))))
     assert "w.pth" in message and "does not fit" in message
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 20)
-    message = refused(capsys, "--config", str(write_config(tmp_path, backbone_weights=str(tmp_path / "broken.safetensors"))))
+    path = write_config(tmp_path, **PRETRAINED, backbone_weights=str(tmp_path / "broken.safetensors"))
+    message = refused(capsys, "--config", str(path))
     assert "broken.safetensors" in message
 
 
@@ -276,7 +282,7 @@ def test_out_of_memory_names_the_key_that_helps(tmp_path: Path, capsys, monkeypa
 def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
     accuracies = []
     for precision in ("fp32", "bf16"):
-        path = write_config(tmp_path, nb_tasks=2, precision=precision, filepath=str(tmp_path / precision))
+        path = write_config(tmp_path, nb_tasks=2, precision=precision, filepath=str(tmp_path / precision), **PRETRAINED)
         assert main(["--config", str(path)]) == 0
         accuracies.append(result_of(tmp_path / precision)["metrics"]["last_accuracy"])
         assert load_file(tmp_path / precision / "adapter_task_1.safetensors")["blocks.0.q.A"].dtype == torch.float32

@@ -22,7 +22,7 @@ from torch import Tensor
 from utils.data import Dataset, Split
 from utils.data.domains import apply_domain, check_domains
 from utils.data.readers import View, decoded_bytes, free_memory, undecodable
-from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource
+from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource, TestView
 from utils.errors import UserError, unknown
 from utils.rng import generator
 
@@ -249,6 +249,12 @@ class DataManager:
         if isinstance(train, Tensor):
             return train.nbytes + test.nbytes
         return decoded_bytes(train, trained) + len(tested) * 3 * self.image_size**2
+
+    def test_view(self) -> TestView:
+        """How `eval_batches` shows an image."""
+        mean, std = (None, None) if self._mean_std is None else (part.flatten().tolist() for part in self._mean_std)
+        eight_bit = not isinstance(self.dataset.test.images, Tensor)
+        return TestView(self.image_size, self.dataset.augmentation.test_resize, eight_bit, mean, std)
 
     def split_record(self) -> dict[str, Any]:
         """What the run's split was, for its folder: classes and images of every task, with SHA-256 sums.

@@ -25,6 +25,7 @@ class CosineHead(GrowingHead):
             8.0, "Factor on the cosines at the start; trained with the first task, then fixed.", gt=0)
 
     kind = "cosine"
+    predicts = "F.linear(F.normalize(features), weight, bias)"
     _ROWS = (*GrowingHead._ROWS, "scale")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
@@ -54,6 +55,9 @@ class CosineHead(GrowingHead):
 
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(F.normalize(features))
+
+    def as_linear(self) -> None:
+        """A linear layer does not divide by the length of its input."""
 
     def restore(self, state: dict) -> None:
         super().restore(state)

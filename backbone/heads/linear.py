@@ -30,6 +30,7 @@ class GrowingHead(Component, nn.Module):
     """
 
     kind = "linear"
+    predicts = "F.linear(features, weight, bias)"  # logits by the tensors of the head's file, for those who have nothing else
     STATISTICS: tuple[str, ...] = ()
     _ROWS = ("weight", "bias", "new_weight", "new_bias")
 
@@ -109,6 +110,11 @@ class GrowingHead(Component, nn.Module):
             setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
         for name in self.STATISTICS:
             setattr(self, name, state[name].to(self.weight.device))
+
+    def as_linear(self) -> tuple[Tensor, Tensor] | None:
+        """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks;
+        None where none does."""
+        return self.weight, self.bias
 
     def to_file(self) -> dict[str, Tensor]:
         """The tensors of `head_task_<t>.safetensors`: all that it takes to predict."""

@@ -45,6 +45,7 @@ class RidgeHead(GrowingHead):
             allowed='a number above 0, or "auto"')
 
     kind = "ridge"
+    predicts = "F.linear(F.relu(features @ projection), weight)"
     STATISTICS = ("projection", "gram", "cross", "readout")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
@@ -96,11 +97,15 @@ class RidgeHead(GrowingHead):
             return super().forward(features)
         return F.linear(self.random_features(features), self.readout.to(features.dtype))
 
+    def as_linear(self) -> None:
+        """Between features and logits lies a relu."""
+
     def to_file(self) -> dict[str, Tensor]:
         return {"weight": self.readout.float(), "projection": self.projection.float()}
 
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         self.readout, self.projection = tensors["weight"], tensors["projection"]
+        self.gram, self.cross = self.gram.new_zeros(0, 0), self.cross.new_zeros(0, 0)  # a file has nothing to learn on from
 
 
 def held_out_error(W: Tensor, gram: Tensor, cross: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone import FrozenViT
 from backbone.keys import Key, Keys, key_size, token_statistics
@@ -22,8 +22,10 @@ from models.artifacts import SavedNetwork, SavedRun
 from models.growth import Decision
 from models.recipes.base import GrowthKeys
 from models.recipes.evidence import PriceKeys
+from models.recipes.routed_graph import RoutedGraph
 from models.recipes.trained import GumbelKeys, GumbelSparsemax, TrainedKeys
 from utils.config import key
+from utils.errors import UserError
 from utils.gumbel_utils import sparsity_loss
 from utils.runs import distributed
 from utils.runs.files import write_safetensors
@@ -258,6 +260,32 @@ class RoutedNetwork(SavedNetwork):
         self.keys = torch.tensor(router.tasks, device=keys.device)[keys]
         logits = self.head(features)
         return among_classes(logits, keys, router.tasks, self.route, self.task_sizes) if self.route_classes else logits
+
+    def as_timm(self) -> nn.Module:
+        merge_for(self.bank, self.gate_weights())
+        return super().as_timm()
+
+    def gate_weights(self) -> dict[int, float]:
+        if len(self.router.tasks) > 1:
+            raise UserError(f"inference: this run routes every image to one of {len(self.router.tasks)} networks, which no "
+                            "single ViT is; export it as torchscript or onnx.")
+        return self.betas[self.router.tasks[0]]
+
+    def as_graph(self) -> nn.Module:
+        return RoutedGraph(self.backbone, self.bank, self.head, self.router,
+                           [weights_of(self.bank, self.betas[key]) for key in self.router.tasks],
+                           self._classes_of_keys() if self.route_classes else None)
+
+    def _classes_of_keys(self) -> Tensor:
+        """bool `[K, classes]`: which classes compete for the images of each key."""
+        keys = torch.arange(len(self.router.tasks))
+        none = torch.zeros(len(keys), sum(self.task_sizes))
+        return among_classes(none, keys, self.router.tasks, self.route, self.task_sizes) == 0
+
+    def met(self) -> list[str]:
+        words = {key: ", ".join(f"{task} ({weight:.2f})" for task, weight in weights.items() if weight > 0)
+                 for key, weights in self.betas.items()}
+        return [f"key {key}, adapters {words[key]}" for key in self.keys.tolist()]
 
 
 def weights_of(bank: AdapterBank, weights: dict[int, float]) -> Tensor:

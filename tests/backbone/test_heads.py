@@ -16,7 +16,8 @@ from backbone.heads.aligned import LOGIT_NORM, AlignedHead, factor, level
 from backbone.heads.cosine import CosineHead
 from backbone.heads.ridge import CANDIDATES, HELD_OUT, RidgeHead
 from models import load_network
-from tests.helpers import Watch, learn, learner_of, resumed, same, small_config, test_images
+from tests.helpers import PRETRAINED, Watch, learn, learner_of, resumed, same, test_images, tiny_config
+from tests.tiny_backbone import WIDTH
 from utils.errors import UserError
 
 QUICK = {"ridge": {"ridge_dim": 48}, "aligned": {"align_epochs": 1, "align_samples": 16}}
@@ -25,7 +26,7 @@ COMBINATIONS = [(head, "gumbel_sparsemax") for head in HEADS] + [
 
 
 def config_of(head: str, gate: str = "gumbel_sparsemax", **changes):
-    return small_config(**{"head": head, "gate": gate, "nb_tasks": 2, **QUICK.get(head, {}), **changes})
+    return tiny_config(**{"head": head, "gate": gate, "nb_tasks": 2, **QUICK.get(head, {}), **changes})
 
 
 def quiet(title: str, done: int, total: int) -> None:
@@ -224,7 +225,7 @@ def test_i8_and_i9_neither_evaluations_nor_interruptions_change_a_bit(head: str,
 
 def alone(head: str, **changes):
     """A config of a head on the frozen backbone."""
-    return small_config(**{"model_name": "finetune_head", "head": head, "nb_tasks": 2, **QUICK.get(head, {}), **changes})
+    return tiny_config(**{"model_name": "finetune_head", "head": head, "nb_tasks": 2, **QUICK.get(head, {}), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +235,14 @@ def runs(tmp_path_factory) -> dict[tuple[str, str], tuple[Path, Tensor, Tensor]]
     configs = {(head, "gumbel_sparsemax"): config_of(head) for head in HEADS}
     configs["ridge", "none"] = config_of("ridge", "none")
     configs["ridge", "alone"] = alone("ridge")
-    configs["means", "alone"] = small_config(model_name="simplecil", nb_tasks=2)
+    configs["means", "alone"] = tiny_config(model_name="simplecil", nb_tasks=2)
     finished = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_pictures", lambda result, folder: None)
-        for name, config in configs.items():
-            folder = tmp_path_factory.mktemp("runs") / "run"
-            run = trainer.Run(config.model_copy(update={"filepath": str(folder)}), 1993, folder, torch.device("cpu"))
-            run.finish()
-            images = next(iter(run.data.eval_batches("test", range(4), 32)))[0]
-            finished[name] = folder, images, run.learner.predict(images)
+    for name, config in configs.items():
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        run = trainer.Run(config.model_copy(update={"filepath": str(folder)}), 1993, folder, torch.device("cpu"))
+        run.finish()
+        images = next(iter(run.data.eval_batches("test", range(4), 32)))[0]
+        finished[name] = folder, images, run.learner.predict(images)
     return finished
 
 
@@ -268,7 +267,7 @@ def test_stored_bytes_count_statistics_and_no_images(head: str, extra) -> None:
     learner = learner_of(alone(head))
     learn(learner, range(2))
     stored = sum(t.numel() * t.element_size() for t in learner.stored_tensors())
-    assert stored == 4 * 4 * 129 + extra(4, 128, 48)
+    assert stored == 4 * 4 * (WIDTH + 1) + extra(4, WIDTH, 48)
 
 
 @pytest.mark.slow
@@ -284,7 +283,7 @@ def test_held_out_losses_and_refits_work_with_every_head(head: str) -> None:
 def test_heads_on_frozen_features_beat_the_linear_one(head: str) -> None:
     accuracies = []
     for name in ("linear", head):
-        learner = learner_of(alone(name, nb_tasks=3))
+        learner = learner_of(alone(name, nb_tasks=3, **PRETRAINED))
         learn(learner, range(3))
         right = [(learner.predict(x).argmax(1) == y) for x, y in learner.data.eval_batches("test", range(6), 64)]
         accuracies.append(torch.cat(right).double().mean().item())

@@ -15,7 +15,7 @@ import trainer
 from models import LEARNERS, load_network
 from models.artifacts import SavedNetwork, SavedRun
 from models.sdlora import SDLoRA
-from tests.helpers import ROOT, small_config
+from tests.helpers import ROOT, tiny_config
 from utils.config import config_of_record
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, sha256_of, write_safetensors, write_sealed_json
@@ -27,7 +27,7 @@ OLD_LOGITS = [[2.9925194, -2.8777678, 0.2297343, -1.2655730], [1.7875180, -1.067
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    trainer.run(small_config(folder, nb_tasks=2, growth_rule="none", rank=1))
+    trainer.run(tiny_config(folder, nb_tasks=2, growth_rule="none", rank=1))
     return folder
 
 
@@ -166,14 +166,14 @@ class Loading(Saving):
     pytest.param(Saving, "has written shift_task_1.safetensors, which its class does not read", marks=pytest.mark.slow)])
 def test_a_tensor_that_is_not_saved_or_not_read_is_refused(kind: type, words: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(LEARNERS, "toy", kind)
-    trainer.run(small_config(tmp_path, nb_tasks=2, model_name="toy"))
+    trainer.run(tiny_config(tmp_path, nb_tasks=2, model_name="toy"))
     assert words in refused(tmp_path) and "'toy'" in refused(tmp_path)
 
 
 def test_a_method_that_saves_and_rebuilds_gets_its_network_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a run that was broken off within a task and went on."""
     monkeypatch.setitem(LEARNERS, "toy", Loading)
-    config = small_config(tmp_path / "run", nb_tasks=2, model_name="toy")
+    config = tiny_config(tmp_path / "run", nb_tasks=2, model_name="toy")
     step = trainer.Run.after_step
 
     def stop(run: trainer.Run) -> None:
@@ -187,7 +187,7 @@ def test_a_method_that_saves_and_rebuilds_gets_its_network_back(tmp_path: Path, 
         trainer.run(config)
     run = trainer.Run(config, 1993, tmp_path / "run", torch.device("cpu"))
     run.finish()
-    plain = trainer.run(small_config(tmp_path / "plain", nb_tasks=2, model_name="toy"))[0]
+    plain = trainer.run(tiny_config(tmp_path / "plain", nb_tasks=2, model_name="toy"))[0]
     assert run.learner.shift["feature"].abs().max() > 0.01
     assert run.result["tasks"][1]["files"] == plain["tasks"][1]["files"]
     assert any(name.startswith("shift_") for name in plain["tasks"][1]["files"])

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from models.growth import combination_of_stored
-from tests.helpers import grown, in_float64, learner_of, logits, small_config
+from tests.helpers import grown, in_float64, learner_of, logits, tiny_config
 from utils.errors import UserError
 
 
 def deciding(tasks: int = 1, **changes):
     """A learner whose task `tasks` is to be decided."""
-    return grown(learner_of(small_config(refit_epochs=0, **changes)), range(tasks), begin_next=True)
+    return grown(learner_of(tiny_config(refit_epochs=0, **changes)), range(tasks), begin_next=True)
 
 
 def test_threshold_keeps_above_and_prunes_below_and_at_the_threshold() -> None:
@@ -30,7 +30,7 @@ def test_threshold_keeps_above_and_prunes_below_and_at_the_threshold() -> None:
 
 
 def test_task_0_is_always_kept() -> None:
-    learner = grown(learner_of(small_config(growth_threshold=1.0)), range(1))
+    learner = grown(learner_of(tiny_config(growth_threshold=1.0)), range(1))
     assert learner.bank.tasks == [0] and learner.pruning_mask().tolist() == [1, 1, 1]
 
 
@@ -45,7 +45,7 @@ def test_topk_can_evict_older_adapters() -> None:
 
 def held_out(margin: float):
     changes = {"growth_rule": "val_loss", "growth_margin": margin, "val_fraction": 0.2, "nb_tasks": 2, "refit_epochs": 1}
-    return grown(learner_of(small_config(**changes)), range(1), begin_next=True)
+    return grown(learner_of(tiny_config(**changes)), range(1), begin_next=True)
 
 
 def test_val_loss_compares_with_and_without_and_its_probe_changes_nothing() -> None:
@@ -89,17 +89,17 @@ def test_kd_drops_a_direction_that_earlier_ones_span() -> None:
 @pytest.mark.parametrize("rule, kept", [("none", [0, 1, 2, 3]), ("first_k", [0, 1])])
 def test_controls_keep_by_name(rule: str, kept: list[int]) -> None:
     topk = {} if rule == "none" else {"growth_topk": 2}
-    learner = grown(learner_of(small_config(growth_rule=rule, nb_tasks=4, refit_epochs=0, **topk)), range(4))
+    learner = grown(learner_of(tiny_config(growth_rule=rule, nb_tasks=4, refit_epochs=0, **topk)), range(4))
     assert learner.bank.tasks == kept
 
 
 def test_random_keeps_as_many_drawn_from_the_seed() -> None:
     kept = {}
     for seed in range(6):
-        config = small_config(growth_rule="random", growth_topk=3, nb_tasks=5, refit_epochs=0, seed=seed)
+        config = tiny_config(growth_rule="random", growth_topk=3, nb_tasks=5, refit_epochs=0, seed=seed)
         kept[seed] = tuple(grown(learner_of(config), range(5)).bank.tasks)
     assert all(tasks[0] == 0 and len(tasks) == 3 for tasks in kept.values()) and len(set(kept.values())) > 1
-    assert kept[0] == tuple(grown(learner_of(small_config(growth_rule="random", growth_topk=3, nb_tasks=5, refit_epochs=0,
+    assert kept[0] == tuple(grown(learner_of(tiny_config(growth_rule="random", growth_topk=3, nb_tasks=5, refit_epochs=0,
                                                           seed=0)), range(5)).bank.tasks)
 
 
@@ -107,7 +107,7 @@ def test_random_keeps_as_many_drawn_from_the_seed() -> None:
                                         ("evidence", "val_loss"), ("evidence", "kd")])
 def test_a_rule_that_needs_what_the_gate_lacks_is_refused(gate: str, rule: str) -> None:
     with pytest.raises(UserError, match="'growth_rule' is .*'gate' is .*the rule needs .*; choose another rule") as caught:
-        small_config(gate=gate, growth_rule=rule)
+        tiny_config(gate=gate, growth_rule=rule)
     assert "\n" not in str(caught.value)
 
 

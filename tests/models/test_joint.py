@@ -8,7 +8,7 @@ import torch
 
 import trainer
 from models import LEARNERS, load_network
-from tests.helpers import Interrupted, Watch, learn, learner_of, resumed, same, small_config
+from tests.helpers import learner_of, pictures, small_config, tiny_config
 from trainer import build
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, summary
@@ -16,13 +16,14 @@ from utils.results.report import curve_lines, final_table, seeds_table
 
 
 def joint_config(folder: Path | str = "./unused/", **changes):
-    return small_config(folder, model_name="joint", **changes)
+    return tiny_config(folder, model_name="joint", **changes)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("joint") / "run"
-    return folder, trainer.run(joint_config(folder))[0]
+    with pictures():
+        return folder, trainer.run(small_config(folder, model_name="joint"))[0]
 
 
 def test_one_record_covers_every_task(run: tuple[Path, dict]) -> None:
@@ -51,7 +52,7 @@ def test_results_are_strict_json_and_the_report_shows_dashes(run: tuple[Path, di
 
 def test_a_finished_run_is_reported_and_its_network_loads(run: tuple[Path, dict]) -> None:
     folder, result = run
-    assert trainer.run(joint_config(folder))[0]["metrics"] == result["metrics"]
+    assert trainer.run(small_config(folder, model_name="joint"))[0]["metrics"] == result["metrics"]
     learner = learner_of(small_config())
     counts = 0
     network = load_network(folder, 0)
@@ -76,7 +77,7 @@ def test_it_trains_on_the_images_of_every_task_of_the_stream() -> None:
 @pytest.mark.slow
 def test_it_is_sd_lora_on_a_single_task() -> None:
     """One adapter, trained for init_epoch epochs at init_lr with the gate open."""
-    joint = learner_of(joint_config(nb_tasks=2, init_epoch=2))
+    joint = learner_of(small_config(model_name="joint", nb_tasks=2, init_epoch=2))
     whole = learner_of(small_config(gate="none", init_cls=4, nb_tasks=1, init_epoch=2))
     for one in (joint, whole):
         one.begin_task(0)
@@ -84,17 +85,6 @@ def test_it_is_sd_lora_on_a_single_task() -> None:
         one.end_task()
     assert joint.head.weight.shape == (4, 128) and torch.allclose(joint.head.weight, whole.head.weight, atol=1e-3)
     assert joint.steps_done() == 2 * joint.data.steps_per_epoch(0, 32) and joint.bank.tasks == [0]
-
-
-def test_i9_an_interrupted_learner_ends_with_the_same_tensors() -> None:
-    whole = learn(learner_of(joint_config(nb_tasks=2)), range(1))
-    learner = learner_of(joint_config(nb_tasks=2), Watch(stop_at=5))
-    with pytest.raises(Interrupted):
-        learn(learner, range(1))
-    learner = resumed(learner)
-    learner.train()
-    learner.end_task()
-    assert same(learner, whole)
 
 
 @pytest.mark.parametrize("key, value", [("gate", "none"), ("growth_rule", "topk"), ("lambda_sparsity", 0.5), ("lrate", 0.5),

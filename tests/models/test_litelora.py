@@ -1,15 +1,11 @@
 """models/litelora.py: both phases against plain tensor code written from the formulas, the decision, and what a run leaves."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -17,10 +13,11 @@ from torch import Tensor
 
 import trainer
 from analysis.gates import main
-from backbone.embedded import EMBEDDED
+from backbone.vit import load_vit
 from models import load_network
 from models.litelora import LiteLoRA
-from tests.helpers import ROOT, in_float64, learn, learner_of, test_images
+from tests.helpers import in_float64, learn, learner_of, test_images
+from tests.tiny_backbone import BLOCKS, NAME, TINY, WIDTH
 from trainer import Quiet
 from utils.config import Config, config_from_dict, config_warnings
 from utils.errors import UserError
@@ -30,7 +27,7 @@ from utils.runs.runtime import log_to_console
 from utils.runs.signals import Stopped
 
 SMALL = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "model_name": "litelora",
-         "backbone_type": EMBEDDED, "init_epoch": 1, "epochs": 1, "batch_size": 32, "batch_size_p2": 32, "init_lr": 0.01,
+         **TINY, "init_epoch": 1, "epochs": 1, "batch_size": 32, "batch_size_p2": 32, "init_lr": 0.01,
          "lrate": 0.04, "rank": 4, "device": "cpu", "filepath": "./unused/", "weight_decay": 0.1}
 
 # What LiteLoRA's own file for CIFAR-100 says, key by key.
@@ -58,7 +55,7 @@ class PlainLiteLoRA:
     """
 
     def __init__(self, adapters: list[tuple[Tensor, Tensor]], alphas: Tensor, head: tuple[Tensor, Tensor]) -> None:
-        self.vit = timm.create_model(EMBEDDED, pretrained=True, num_classes=0).requires_grad_(False).eval().double()
+        self.vit = load_vit(NAME, pretrained=False, weights=None, seed=1993)[0].double()
         self.adapters, self.alphas, self.head = adapters, alphas, head
         self.betas = torch.ones(len(adapters), dtype=torch.float64)
         for number, block in enumerate(self.vit.blocks):
@@ -96,7 +93,7 @@ def prepared(**changes) -> tuple[LiteLoRA, PlainLiteLoRA, Tensor, Tensor]:
     alphas = learner.bank.alpha.detach().clone().requires_grad_()
     head = tuple(part.detach().clone().requires_grad_() for part in (learner.head.new_weight, learner.head.new_bias))
     plain = PlainLiteLoRA([*adapters[:2], tuple(leaf)], alphas, head)
-    images = torch.rand(6, 3, 32, 32, generator=generator(0, "x"), dtype=torch.float64)
+    images = torch.rand(6, 3, 16, 16, generator=generator(0, "x"), dtype=torch.float64)
     return learner, plain, images, torch.tensor([4, 5, 5, 4, 4, 5])
 
 
@@ -184,9 +181,9 @@ def test_the_start_is_that_of_the_code() -> None:
     learn(learner, range(1))
     assert learner.bank.alpha.tolist() == [1.0], "the first task's magnitude is not trained in it"
     learner.begin_task(1)
-    bound, rows = math.sqrt(3 / 128), learner.head.new_weight.detach()
+    bound, rows = math.sqrt(3 / WIDTH), learner.head.new_weight.detach()
     assert 0.9 * bound < rows.abs().max() <= bound and learner.head.new_bias.abs().max() == 0
-    assert 0 < learner.bank.new_A.abs().max() <= 1 / math.sqrt(128) and learner.bank.new_B.abs().max() == 0
+    assert 0 < learner.bank.new_A.abs().max() <= 1 / math.sqrt(WIDTH) and learner.bank.new_B.abs().max() == 0
     assert learner.gate.logits.tolist() == [0.5, 0.5]
     learner.train()
     alpha = learner.bank.alpha.detach().clone()
@@ -255,7 +252,7 @@ def test_a_run_says_what_decided_and_can_be_loaded(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("adapter_*")] == ["adapter_task_0.safetensors"]
     log = (tmp_path / "train.log").read_text()
     assert "Task 1, Epoch 2/2 => " in log and "sparse=" in log and f"(beta={values[2]:.4f} < 0.5000)" in log
-    assert load_network(tmp_path, 2)(torch.rand(2, 3, 32, 32)).shape == (2, 6)
+    assert load_network(tmp_path, 2)(torch.rand(2, 3, 16, 16)).shape == (2, 6)
     assert load_network(tmp_path, 0).bank.tasks == [0]
     report = gates(tmp_path)
     assert report.startswith("# What the gate learned: digits, litelora, seed 1993, 3 tasks")
@@ -324,27 +321,12 @@ def test_evaluating_within_a_task_changes_no_result() -> None:
 def test_parameters_and_bytes_are_counted() -> None:
     learner = learner_of(small_config(nb_tasks=2))
     learner.begin_task(0)
-    factors = 6 * 2 * 2 * 4 * 128
-    assert learner.trainable_parameters() == factors + 2 * 128 + 2
+    factors = BLOCKS * 2 * 2 * 4 * WIDTH
+    assert learner.trainable_parameters() == factors + 2 * WIDTH + 2
     learner.train()
     learner.end_task()
     learner.begin_task(1)
-    assert learner.trainable_parameters() == factors + 2 * 128 + 2 + 2 + 1  # two magnitudes, one logit
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    for name, devices in (("one", ["cpu"]), ("two", ["cpu", "cpu"])):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps({**SMALL, "device": devices, "nb_tasks": 2, "batch_size_p2": 7, "eval_every": 0,
-                                    "filepath": str(tmp_path / name)}))
-        ended = subprocess.run([sys.executable, "main.py", "--config", str(path)], cwd=ROOT, text=True, capture_output=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
-        assert (ended.returncode, ended.stderr) == (0, "")
-    one, two = run_files(tmp_path / "one"), run_files(tmp_path / "two")
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert learner.trainable_parameters() == factors + 2 * WIDTH + 2 + 2 + 1  # two magnitudes, one logit
 
 
 # ---- config
@@ -358,7 +340,7 @@ def test_its_own_file_loads_and_trains_as_its_code_does() -> None:
     assert config_from_dict(config.model_dump(mode="json")) == config and not config_warnings(
         config_from_dict(config.model_dump(mode="json")))
     own = {**OWN_FILE, **{name: SMALL[name] for name in ("dataset", "init_cls", "increment", "nb_tasks", "backbone_type",
-                                                         "filepath")}, "device": "cpu"}
+                                                         "filepath", "pretrained")}, "device": "cpu"}
     learner = learner_of(config_from_dict(own))
     assert [learner.phases(1)[0].rate(epoch) for epoch in (11, 12, 16)] == [1, 0.5, 0.25], "0 stands for 0.5; no cosine"
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from models.rows import RowFit
-from tests.helpers import Interrupted, Watch, grown, learner_of, resumed, same, small_config
+from tests.helpers import Interrupted, Watch, grown, learner_of, resumed, same, tiny_config
 from utils.rng import generator
 
 
 def ready(session: Watch | None = None, **changes):
     changes = {"refit_epochs": 2, "growth_threshold": 1.0, "nb_tasks": 2, "batch_size": 64, **changes}
-    return grown(learner_of(small_config(**changes), session), range(1), begin_next=True)
+    return grown(learner_of(tiny_config(**changes), session), range(1), begin_next=True)
 
 
 def test_pruning_refits_the_new_head_rows_only() -> None:

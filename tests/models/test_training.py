@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.sdlora import SDLoRA
 from models.training import GradientLearner
-from tests.helpers import ROOT, SMALL, grown, learn, learner_of, small_config
+from tests.helpers import ROOT, SMALL, grown, learn, learner_of, small_config, tiny_config
 from trainer import Quiet
+from utils.config import Config
 from utils.errors import UserError
 
 
-def ready(**changes) -> tuple[SDLoRA, torch.Tensor, torch.Tensor]:
+def ready(make: Callable[..., Config] = tiny_config, **changes) -> tuple[SDLoRA, torch.Tensor, torch.Tensor]:
     """A learner before the first step of task 1, and its first batch."""
-    learner = grown(learner_of(small_config(**changes)), range(1), begin_next=True)
+    learner = grown(learner_of(make(**changes)), range(1), begin_next=True)
     return learner, *next(iter(learner.data.train_batches(1, 0, learner.config.batch_size)))
 
 
@@ -36,7 +38,7 @@ def test_memory_falls_with_the_number_of_parts() -> None:
     """Bytes alive at the peak of forward and backward, as the allocator counts them."""
     peaks = {}
     for parts in (1, 2, 4, 8):
-        learner, images, labels = ready(grad_accum=parts, batch_size=64)
+        learner, images, labels = ready(small_config, grad_accum=parts, batch_size=64)
         extra = learner.before_step(0)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             learner.backward(images, labels, extra, len(labels))
@@ -101,7 +103,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {3})
     with pytest.raises(UserError) as caught:
-        learn(learner_of(small_config(nb_tasks=2)), range(2))
+        learn(learner_of(tiny_config(nb_tasks=2)), range(2))
     words = ("The loss", "task 1", "epoch 1", "step 3", "tau", "init_lr", "gumbel_tau_final")
     assert all(word in str(caught.value) for word in words)
 
@@ -109,16 +111,16 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(monkeypatch: pytest.MonkeyP
 def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     poison(monkeypatch, {0, 3})
     monkeypatch.setattr("models.training.LOGGER.propagate", True)
-    learner = learn(learner_of(small_config(nb_tasks=2, nan_policy="skip", nan_limit=2)), range(2))
+    learner = learn(learner_of(tiny_config(nb_tasks=2, nan_policy="skip", nan_limit=2)), range(2))
     assert all(torch.isfinite(tensor).all() for tensor in learner.stored_tensors())
     said = list(dict.fromkeys(record.message for record in caplog.records if "is skipped" in record.message))
     assert len(said) == 2 and "step 0: the loss is not finite" in said[0]
     with pytest.raises(UserError, match="loss .* step 3"):
-        learn(learner_of(small_config(nb_tasks=2, nan_policy="skip", nan_limit=1)), range(2))
+        learn(learner_of(tiny_config(nb_tasks=2, nan_policy="skip", nan_limit=1)), range(2))
 
 
 def test_epochs_and_learning_rates_of_the_first_task_are_its_own() -> None:
-    learner = learner_of(small_config(init_epoch=2, init_lr=0.02, scheduler="steplr", milestones=[1], lrate_decay=0.5))
+    learner = learner_of(tiny_config(init_epoch=2, init_lr=0.02, scheduler="steplr", milestones=[1], lrate_decay=0.5))
     rates: list[tuple[int, float]] = []
 
     class Rates(Quiet):

@@ -18,7 +18,7 @@ import pytest
 
 import main as command
 from backbone.embedded import EMBEDDED
-from studies import runner as study_runner
+from studies import job
 from studies.file import _MARKS
 from studies.study import is_study, load_study
 from studies.study import main as study_command
@@ -327,7 +327,7 @@ def test_a_run_of_another_config_in_the_way_is_refused(tmp_path: Path, stand_in:
 @pytest.mark.slow
 def test_as_many_at_a_time_as_jobs_say_with_their_share_of_threads(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(study_runner, "_cores", lambda: 7)
+    monkeypatch.setattr(job, "cores", lambda: 7)
     path = write_study(tmp_path, seed=[1, 2, 3, 4, 5], jobs=3)
     assert command.main(["--config", str(path)]) == 0
     traces = [trace(run) for run in load_study(path).runs()]

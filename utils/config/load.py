@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), **values: Any) 
 
 def command_line_changes(overrides: Sequence[str], **values: Any) -> dict[str, tuple[Any, str]]:
     """What the command line changes, as key -> (value, option in words); arguments as for `load_config`."""
-    texts = [key for key, field in known_keys().items() if _kinds(field.annotation) == [str]]
+    texts = [key for key, field in known_keys().items() if kinds_of(field.annotation) == [str]]
     changes = parse_overrides(overrides, texts)
     for key, value in values.items():
         option = f"--{key.replace('_', '-')}"
@@ -86,7 +86,7 @@ def config_of_record(values: Mapping[str, Any], source: str) -> Config:
     except UnknownName as error:
         raise UserError(f"{source}: {error}") from None
     fixed = {key for key, field in kind.model_fields.items()
-             if len(kinds := _kinds(field.annotation)) == 1 == len(_literals(kinds))}
+             if len(kinds := kinds_of(field.annotation)) == 1 == len(_literals(kinds))}
     idle = known_keys().keys() - kind.model_fields.keys() | fixed
     unset = {key for key, field in kind.model_fields.items() if values.get(key) is None and field.default is not None}
     return config_from_dict({key: value for key, value in values.items() if key not in idle | unset}, source)
@@ -141,7 +141,7 @@ def _sentence(error: ValidationError, values: Mapping[str, Any], kind: type[Conf
 def _complaint(key: str, values: Mapping[str, Any], kind: type[Config]) -> str:
     """What is wrong with the value of `key` and what would be right."""
     value, field = values[key], kind.model_fields[key]
-    wanted, kinds = allowed(key, field), _kinds(field.annotation)
+    wanted, kinds = allowed(key, field), kinds_of(field.annotation)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 and _fits(key, int(value), values, kind):
         return f"'{key}' is {show(value)}, a decimal number; write the integer {int(value)}."
     if names := _literals(item for kind in kinds if get_origin(kind) is list for item in get_args(kind)):
@@ -180,12 +180,12 @@ def _fits(key: str, value: Any, values: Mapping[str, Any], kind: type[Config]) -
     return True
 
 
-def _kinds(annotation: Any) -> list[Any]:
+def kinds_of(annotation: Any) -> list[Any]:
     """The types that `annotation` is made of, null aside and without their `Annotated` constraints."""
     if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
+        return kinds_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        kinds = [kind for option in get_args(annotation) for kind in _kinds(option)]
+        kinds = [kind for option in get_args(annotation) for kind in kinds_of(option)]
         return [kind for kind in kinds if kind is not type(None)]
     return [annotation]
 
@@ -204,7 +204,7 @@ def allowed(key: str, field: FieldInfo) -> str:
         return told(field, "allowed")
     if key in CHOICES:
         return one_of(CHOICES[key])
-    kind = _kinds(field.annotation)[0]
+    kind = kinds_of(field.annotation)[0]
     literals = _literals([kind])
     if literals:
         return show(literals[0]) if len(literals) == 1 else one_of(literals)

@@ -37,15 +37,17 @@ def _printable(value: str) -> str:
     return value
 
 
-def _as_list(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """A bare value as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
 def _as_device_names(value: Any) -> Any:
-    return [str(item) if type(item) is int else item for item in _as_list(value)]
+    return [str(item) if type(item) is int else item for item in as_list(value)]
 
 
-def _distinct(values: list) -> list:
+def distinct(values: list) -> list:
+    """Refuses a list that holds an entry twice."""
     if len(set(values)) < len(values):
         raise ValueError("repeated entries")
     return values
@@ -64,7 +66,7 @@ def _devices(names: list[str]) -> list[str]:
         return devices
     if len(devices) > 1 and {"auto", "cpu"} & set(devices):
         raise ValueError("auto stands alone, and cpu beside no other device")
-    return _distinct(devices)
+    return distinct(devices)
 
 
 def _ascending(values: list[int]) -> list[int]:
@@ -108,8 +110,8 @@ Devices = Annotated[
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0, le=MAX_SEED)]],
     Field(min_length=1),
-    BeforeValidator(_as_list),
-    AfterValidator(_distinct),
+    BeforeValidator(as_list),
+    AfterValidator(distinct),
     _one_or_list({"type": "integer", "minimum": 0, "maximum": MAX_SEED}),
 ]
 # SD-LoRA's descendants write the seed of the class order as a list of one.
@@ -128,8 +130,8 @@ RankSteps = Annotated[
 Tracker = Literal["tensorboard", "wandb", "mlflow"]  # those of utils/runs/tracking.py
 Trackers = Annotated[
     list[Tracker],
-    BeforeValidator(_as_list),
-    AfterValidator(_distinct),
+    BeforeValidator(as_list),
+    AfterValidator(distinct),
     _one_or_list({"enum": list(get_args(Tracker))}, least=0),
 ]
 NoMemory = Annotated[int, AfterValidator(_falsy), WithJsonSchema({"enum": [0]})]

@@ -6,6 +6,7 @@ entries (a leading dot); here the first is an error, and the second are passed o
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _read_split(folder: Path, classes: list[str]) -> Files:
-    images = [_images_under(folder / name) for name in classes]
+    images = [images_under(folder / name) for name in classes]
     for name, found in zip(classes, images, strict=True):
         if not found:
             raise UserError(
@@ -70,19 +71,21 @@ def _read_split(folder: Path, classes: list[str]) -> Files:
     return [path for found in images for path in found], labels
 
 
-def _images_under(folder: Path) -> list[Path]:
-    """Image files at any depth, in a fixed order: those of a folder before those of the folders in it, each by name."""
+def images_under(folder: Path, named: str = "data_path") -> list[Path]:
+    """Image files at any depth, in a fixed order: those of a folder before those of the folders in it, each by name.
+
+    named: what named the folder, for the error of one that cannot be read."""
     images = []
-    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=partial(_unreadable, named=named), followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         images += [Path(place, name) for name in sorted(files)
                    if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
     return images
 
 
-def _unreadable(error: OSError) -> None:
+def _unreadable(error: OSError, named: str = "data_path") -> None:
     raise UserError(
-        f"data_path: the folder '{error.filename}' cannot be read ({error.strerror}); check its permissions."
+        f"{named}: the folder '{error.filename}' cannot be read ({error.strerror}); check its permissions."
     ) from error
 
 

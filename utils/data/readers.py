@@ -28,10 +28,10 @@ _SAMPLE = 64  # files whose headers are read to estimate the memory that a split
 
 
 class PathReader:
-    """Decodes an image file whenever it is asked for; UserError if it is missing or damaged."""
+    """Decodes an image file whenever it is asked for; UserError if it is missing or damaged. named: what named the files."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], named: str = "data_path") -> None:
+        self.paths, self.named = paths, named
 
     def read(self, image: int) -> Tensor:
         """Image number `image`, uint8 `[3, h, w]`, channels last in memory."""
@@ -51,10 +51,10 @@ class PathReader:
             with Image.open(path) as file:
                 yield file
         except FileNotFoundError as error:
-            raise UserError(f"data_path: the image '{path}' is not there; get the data set again.") from error
+            raise UserError(f"{self.named}: the image '{path}' is not there; get the data set again.") from error
         except Exception as error:  # decoders raise nearly anything on damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"data_path: the image '{path}' cannot be decoded ({reason}); replace or remove it.") from error
+            raise UserError(f"{self.named}: the image '{path}' cannot be decoded ({reason}); replace or remove it.") from error
 
 
 class MemoryReader:

@@ -9,7 +9,8 @@ in worker processes, if there are any; `DecodedSource` holds them decoded on the
 augmented is resized and mirrored on the device; on the CPU the last two give the same bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,34 @@ from utils.data.augmentation import (
 from utils.data.readers import Cuts, Loader, MemoryReader, PathReader, Request, View
 
 _CHUNK = 64  # images at a time while a test split is read into memory
+
+
+@dataclass(frozen=True)
+class TestView:
+    """How an image is seen when it is tested, whatever it comes from; a run's record keeps it.
+
+    size: S. test_resize: as in `Augmentation`. eight_bit: resized in 8-bit pixels, as files are, or in floating point, as
+    images held as tensors are. mean, std: per channel, to normalise with; None leaves 0..1.
+    """
+
+    __test__ = False  # for pytest, which takes the name for a test's
+
+    size: int
+    test_resize: float | None
+    eight_bit: bool
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """One decoded image, uint8 `[3, h, w]`, as the network meets it: float32 `[3, S, S]`."""
+        if self.eight_bit:
+            seen = _floats(center_image(image, self.size, self.test_resize))
+        else:
+            seen, = center_batch(image[None], self.size, self.test_resize)
+        if self.mean is None:
+            return seen
+        mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (self.mean, self.std))
+        return seen.sub_(mean).div_(std)
 
 
 class Source(Protocol):

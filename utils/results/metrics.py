@@ -55,6 +55,24 @@ class TaskCounts:
         return TaskCounts(*([a + b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs))
 
 
+@dataclass(frozen=True)
+class ClassCounts:
+    """Counts of the same test images by class, entry `c` for the class with number `c` of the stream.
+
+    `right`: images of which the true class is first of all seen classes (what `TaskCounts.top1` adds up by task).
+    `predicted_task`: row `c`, column `k`: images of class `c` whose predicted class belongs to task `k`.
+    """
+
+    right: list[int]
+    predicted_task: list[list[int]]
+
+    @classmethod
+    def of(cls, tally: Tensor) -> "ClassCounts":
+        """From a sum of `tally_classes`, int64 `[seen, 1 + T]`; waits for the device."""
+        rows = tally.tolist()
+        return cls([row[0] for row in rows], [row[1:] for row in rows])
+
+
 def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np.ndarray,
                       tasks: int) -> TaskCounts:
     """Counts one batch: `tally_predictions`, read at once."""
@@ -73,10 +91,7 @@ def tally_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor, tas
     """
     seen = logits.shape[1]
     task_of = task_of_class[:seen]
-    true_logit = logits.gather(1, labels[:, None])
-    # Written with negations because every comparison with NaN is false.
-    tie_won = (logits == true_logit) & (torch.arange(seen, device=logits.device) >= labels[:, None])
-    ahead = ~(logits < true_logit) & ~tie_won  # [n, seen]: classes ranked before the true one
+    ahead = _ahead(logits, labels)
     true_task = task_of[labels]
     rank = ahead.sum(1)
     top1 = rank == 0
@@ -89,6 +104,19 @@ def tally_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor, tas
     ])
     tally = torch.zeros(len(per_image), tasks, dtype=torch.long, device=logits.device)
     return tally.index_add_(1, true_task, per_image.long())
+
+
+def tally_classes(logits: Tensor, labels: Tensor, task_of_class: Tensor, tasks: int) -> Tensor:
+    """Counts one batch by class where it is: int64 `[seen, 1 + tasks]` on the device, to be added up over batches.
+
+    Column 0 counts the images that are right, column `1 + k` those whose predicted class belongs to task `k`; so a row
+    without its column 0 adds up to the images of the class. Arguments and ties as in `tally_predictions`.
+    """
+    seen = logits.shape[1]
+    right = ~_ahead(logits, labels).any(1)
+    predicted = task_of_class[:seen][logits.argmax(1), None] == torch.arange(tasks, device=logits.device)  # [n, tasks]
+    tally = torch.zeros(seen, 1 + tasks, dtype=torch.long, device=logits.device)
+    return tally.index_add_(0, labels, torch.cat([right[:, None], predicted], 1).long())
 
 
 def accuracy_matrix(counts: Sequence[TaskCounts], field: str = "top1") -> Matrix:
@@ -207,6 +235,14 @@ def kept_set(truth: Sequence[bool], kept: Sequence[bool], weights: Sequence[floa
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (divisor `n - 1`), the latter None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which classes are ranked before the true one, bool `[n, seen]`."""
+    true_logit = logits.gather(1, labels[:, None])
+    # Written with negations because every comparison with NaN is false.
+    tie_won = (logits == true_logit) & (torch.arange(logits.shape[1], device=logits.device) >= labels[:, None])
+    return ~(logits < true_logit) & ~tie_won
 
 
 def _rows_missing(matrix: Matrix) -> bool:

@@ -21,7 +21,20 @@ import trainer
 from backbone.gates import EqualGate
 from models import load_network
 from models.base import BaseLearner
-from tests.helpers import Interrupted, Watch, in_float64, learn, learner_of, logits, resumed, same, small_config, test_images
+from tests.helpers import (
+    PRETRAINED,
+    Interrupted,
+    Watch,
+    in_float64,
+    learn,
+    learner_of,
+    logits,
+    resumed,
+    same,
+    test_images,
+    tiny_config,
+)
+from tests.tiny_backbone import BLOCKS, WIDTH
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts, count_predictions, kept_set
 from utils.runs.progress import LOGGER
@@ -29,10 +42,11 @@ from utils.runs.progress import LOGGER
 STREAM = {"gate": "evidence", "growth_threshold": 0.5, "init_cls": 4, "increment": 3, "batch_size": 64,
           "task_domains": ["negative", "plain", "negative"], "head_lr": 0.02, "refit_lr": 0.02, "eval_every": 0}
 KEPT = [True, True, False]
+FACTORS = BLOCKS * 2 * 2 * 4 * WIDTH  # of an adapter of rank 4
 
 
 def config_of(folder: Path | str = "./unused/", **changes):
-    return small_config(folder, **{**STREAM, **changes})
+    return tiny_config(folder, **{**STREAM, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +76,9 @@ def before(whole: tuple[BaseLearner, list[dict]]) -> Callable[[int], BaseLearner
 def run(tmp_path_factory) -> trainer.Run:
     """The same stream as a run, finished."""
     folder = tmp_path_factory.mktemp("evidence") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_pictures", lambda result, folder: None)
-        LOGGER.setLevel(logging.INFO)
-        finished = trainer.Run(config_of(folder), 1993, folder, torch.device("cpu"))
-        finished.finish()
+    LOGGER.setLevel(logging.INFO)
+    finished = trainer.Run(config_of(folder), 1993, folder, torch.device("cpu"))
+    finished.finish()
     return finished
 
 
@@ -76,7 +88,7 @@ def run(tmp_path_factory) -> trainer.Run:
 def decided(monkeypatch: pytest.MonkeyPatch, shifts: dict[int, float], **changes) -> Tensor:
     """The gate weights that a decision reads when the new images are so far from those of older adapters."""
     learner = learner_of(config_of(growth_rule="none", nb_tasks=3, **changes))
-    statistics = torch.zeros(3, 18 * 128, dtype=torch.float64)
+    statistics = torch.zeros(3, 18 * WIDTH, dtype=torch.float64)
     monkeypatch.setattr(type(learner.recipe), "_class_statistics", lambda recipe: statistics)
     for task in range(len(shifts) + 1):
         monkeypatch.setattr(learner.recipe.keys, "shifts", lambda new, task=task: {t: shifts[t] for t in range(task)})
@@ -195,7 +207,7 @@ def test_i5_a_task_without_adapter_fits_its_rows_and_trains_nothing(before: Call
     learner.begin_task(2)
     assert learner.bank.new_A is None and learner.bank.tasks == [0, 1]
     assert not learner.head.new_weight.any() and not learner.head.new_bias.any(), "rows of a fixed network start alike"
-    assert learner.trainable_parameters() == 3 * 129
+    assert learner.trainable_parameters() == 3 * (WIDTH + 1)
     learner.train()
     assert learner.steps_done() == 0
     report = learner.end_task()
@@ -212,7 +224,7 @@ def test_magnitudes_and_logits_of_an_adapter_in_use_are_not_trained(before: Call
     alpha = learner.bank.alpha.clone()
     learner.begin_task(1)
     weights = learner.gate.logits.clone()
-    assert learner.trainable_parameters() == 6 * 2 * 2 * 4 * 128 + 3 * 129
+    assert learner.trainable_parameters() == FACTORS + 3 * (WIDTH + 1)
     learner.train()
     assert torch.equal(learner.bank.alpha[:1], alpha) and torch.equal(learner.gate.logits, weights)
 
@@ -286,7 +298,8 @@ def test_results_say_how_right_the_kept_set_is(run: trainer.Run) -> None:
     assert (found["truth"], found["kept"]) == (KEPT, KEPT)
     assert found["precision"] == found["recall"] == found["f1"] == found["auc"] == 1.0
     assert [task["kept"] for task in result["tasks"]] == KEPT
-    assert [task["trainable_parameters"] for task in result["tasks"]] == [12288 + 4 * 129, 12288 + 3 * 129, 3 * 129]
+    assert [task["trainable_parameters"] for task in result["tasks"]] == [
+        FACTORS + 4 * (WIDTH + 1), FACTORS + 3 * (WIDTH + 1), 3 * (WIDTH + 1)]
     assert json.loads((run.folder / "split.json").read_text())["task_domains"] == STREAM["task_domains"]
 
 
@@ -309,7 +322,7 @@ def test_log_lines_say_what_was_decided(run: trainer.Run) -> None:
                                      {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002}],
                          ids=lambda changes: next(iter(changes.values())))
 def test_it_works_with_every_head_and_precision(changes: dict) -> None:
-    learner = learner_of(config_of(nb_tasks=2, task_domains=["negative", "negative"], **changes))
+    learner = learner_of(config_of(nb_tasks=2, task_domains=["negative", "negative"], **PRETRAINED, **changes))
     learn(learner, range(2))
     assert learner.bank.tasks == [0] and learner.bank.A.dtype == torch.float32
     right = [(learner.predict(x).argmax(1) == y) for x, y in learner.data.eval_batches("test", range(7), 64)]
@@ -323,4 +336,4 @@ def test_keys_of_a_trained_gate_are_refused() -> None:
             config_of(**{key: value})
     for gate in ("sparsemax", "none"):
         with pytest.raises(UserError, match=f"'gate_price' is 2.0, but it has no effect for gate \"{gate}\""):
-            small_config(gate=gate, gate_price=2.0)
+            tiny_config(gate=gate, gate_price=2.0)

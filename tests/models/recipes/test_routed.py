@@ -17,7 +17,7 @@ import trainer
 from models import load_network
 from models.base import BaseLearner
 from models.recipes.routed import among_classes, merge_for
-from tests.helpers import Interrupted, Watch, in_float64, learn, learner_of, resumed, same, small_config, test_images
+from tests.helpers import Interrupted, Watch, in_float64, learn, learner_of, resumed, same, test_images, tiny_config
 from utils.errors import UserError
 
 STREAM = {"inference": "routed", "gate_lr": 0.0, "init_cls": 4, "increment": 3, "batch_size": 64, "init_epoch": 2, "epochs": 2,
@@ -25,7 +25,7 @@ STREAM = {"inference": "routed", "gate_lr": 0.0, "init_cls": 4, "increment": 3, 
 
 
 def config_of(folder: Path | str = "./unused/", **changes):
-    return small_config(folder, **{**STREAM, **changes})
+    return tiny_config(folder, **{**STREAM, **changes})
 
 
 def features(learner: BaseLearner, key: int, images: Tensor) -> Tensor:

@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import trainer
-from backbone.embedded import EMBEDDED
 from main import main
 from tests.helpers import ROOT
+from tests.tiny_backbone import MAIN, TINY
 from utils.config import known_keys
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 CASES, PROCESSES = (2000, 40) if LONG else (200, 4)
-OFFLINE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
+OFFLINE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
 NAME = "mutated_config.json"
 
-_DIGITS = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "backbone_type": EMBEDDED, "device": "cpu"}
+_DIGITS = {"dataset": "digits", "init_cls": 2, "increment": 2, "nb_tasks": 3, "device": "cpu", **TINY}
 BASES = [
     _DIGITS,
     json.loads((ROOT / "exps" / "quickstart.json").read_text()),
@@ -169,7 +169,7 @@ def test_mutated_configs_as_processes(drawn: list[Case]) -> None:
             path = Path(folder) / str(number)
             path.mkdir()
             (path / NAME).write_bytes(case.content)
-            command = [sys.executable, str(ROOT / "main.py"), "--config", str(path / NAME), "--dry-run", *case.arguments]
+            command = [sys.executable, "-c", MAIN, "--config", str(path / NAME), "--dry-run", *case.arguments]
             started.append((case, path, subprocess.Popen(command, env=OFFLINE, stdout=subprocess.PIPE,
                                                          stderr=subprocess.PIPE)))
         for case, path, process in started:

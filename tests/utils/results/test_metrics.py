@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.results.metrics import (
+    ClassCounts,
     TaskCounts,
     accuracy_matrix,
     accuracy_when_learned,
@@ -20,6 +21,7 @@ from utils.results.metrics import (
     forgetting,
     mean_std,
     summary,
+    tally_classes,
     within_task_error_curve,
 )
 from utils.rng import generator
@@ -46,6 +48,15 @@ def slow_counts(logits: list[list[float]], labels: list[int], task_of_class: lis
     return counts
 
 
+def slow_class_counts(logits: list[list[float]], labels: list[int], task_of_class: list[int], tasks: int) -> ClassCounts:
+    counts = ClassCounts([0] * len(task_of_class), [[0] * tasks for _ in task_of_class])
+    for row, label in zip(logits, labels, strict=True):
+        first = min(range(len(row)), key=lambda c: (-row[c], c))
+        counts.right[label] += first == label
+        counts.predicted_task[label][task_of_class[first]] += 1
+    return counts
+
+
 @st.composite
 def batches(draw) -> tuple[list[list[float]], list[int], list[int], int]:
     """Task sizes, logits with many ties, and labels."""
@@ -66,6 +77,8 @@ def test_counting_agrees_with_a_slow_loop(batch, dtype) -> None:
     stream = np.array([*task_of_class, 9])  # classes of tasks still to come may follow
     counted = count_predictions(tensor, torch.tensor(labels, dtype=torch.int64), stream, tasks)
     assert counted == slow_counts(logits, labels, task_of_class, tasks)
+    by_class = tally_classes(tensor, torch.tensor(labels, dtype=torch.int64), torch.tensor(task_of_class), tasks)
+    assert ClassCounts.of(by_class) == slow_class_counts(logits, labels, task_of_class, tasks)
 
 
 @settings(deadline=None, max_examples=50)

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from main import main
-from tests.helpers import ROOT, SMALL
+from models import LEARNERS
+from tests.helpers import ROOT, SMALL, method_values
+from tests.tiny_backbone import MAIN
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in PLACES},
@@ -193,15 +195,31 @@ def test_a_process_that_fails_alone_says_so_and_ends_the_run(fault: str, status:
     assert time.monotonic() - started < 120
 
 
-@pytest.mark.slow
-def test_accelerate_launch(tmp_path: Path) -> None:
-    settings = {key: value for key, value in SMALL.items() if key not in ("rank", "gate_lr")}
-    path = tmp_path / "head.json"
-    path.write_text(json.dumps({**settings, "model_name": "finetune_head", "nb_tasks": 1, "filepath": str(tmp_path / "run")}))
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory) -> Path:
+    """A folder per method, in which `accelerate launch` has had two processes learn, all methods in one start."""
+    folder, paths = tmp_path_factory.mktemp("accelerated"), []
+    for name in LEARNERS:
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps({**method_values(name, batch_size=43), "filepath": str(folder / name)}))
+    (folder / "tiny.py").write_text(f"import trainer; trainer.write_pictures = lambda *_: None; {MAIN}")
     ended = command(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                    "--mixed_precision", "no", "--dynamo_backend", "no", "main.py", f"--config={path}")
+                    "--mixed_precision", "no", "--dynamo_backend", "no", folder / "tiny.py", "--config", *paths,
+                    PYTHONPATH=str(ROOT))
     assert ended.returncode == 0, ended.stderr
-    assert result_of(tmp_path / "run")["hardware"]["processes"] == 2
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_method_learns_in_two_processes_what_it_does_in_one(name: str, accelerated: Path, tmp_path: Path) -> None:
+    path = accelerated / f"{name}.json"
+    assert main(["--config", str(path), "--set", f"filepath={tmp_path / 'run'}"]) == 0
+    assert result_of(accelerated / name)["hardware"]["processes"] == 2
+    one, two = tensors_of(tmp_path / "run"), tensors_of(accelerated / name)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # What docs/slurm.sh asks of Slurm, with two machines of one process each; the second machine gets the warning.
