@@ -21,7 +21,7 @@ from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.results.metrics import ClassCounts, TaskCounts, kept_set, summary, tally_classes, tally_predictions
 from utils.results.plots import write_pictures
-from utils.results.report import curve_lines, final_table, seeds_table
+from utils.results.report import curve_lines, final_table, seeds_table, task_figures
 from utils.rng import global_state, restore_global_state
 from utils.runs import distributed
 from utils.runs import folder as run_folder
@@ -44,6 +44,8 @@ from utils.runs.runtime import (
     versions,
 )
 from utils.runs.signals import Signals, Stopped
+from utils.runs.tracking import Tracking
+from utils.runs.tracking import check as check_trackers
 
 
 def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -58,6 +60,7 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
     if config.batch_size < place().processes:
         raise UserError(f"batch_size: {config.batch_size} images cannot be shared by {place().processes} processes; raise it, "
                         "or start fewer.")
+    on_main(check_trackers, config.trackers)
     for warning in [*config_warnings(config), *warnings]:
         LOGGER.warning(warning)
     folders = {seed: run_folder.folder_of(config, seed) for seed in config.seed}
@@ -74,6 +77,7 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
 def describe(config: Config) -> dict[str, Any]:
     """What `--dry-run` prints: resolved config, split and parameter counts; trains and writes nothing."""
     device, warnings = pick_device(config.device)
+    check_trackers(config.trackers)
     for seed in config.seed:
         run_folder.check_owner(run_folder.folder_of(config, seed), run_folder.of_seed(config, seed))
     backbone, data = build(config, config.seed[0], device)
@@ -119,6 +123,9 @@ class Quiet:
     def after_step(self) -> None:
         pass
 
+    def track(self, figures: dict[str, float]) -> None:
+        pass
+
     def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
         pass
 
@@ -139,6 +146,7 @@ class Run:
         self.within_task = False  # the newest checkpoint lies within a task that has begun
         self.task_started = self.checkpoint_written = time.monotonic()
         self.steps = 0
+        self.tracking = Tracking([], folder, {})  # in the main process it becomes one with trackers
 
     def finish(self, overwrite: bool = False) -> dict[str, Any]:
         """Trains what is left and returns the record; a run that has ended already is only reported.
@@ -158,6 +166,7 @@ class Run:
         with ExitStack() as held, self.signals:
             on_main(self._take_folder, held)
             self._prepare()
+            on_main(self._begin_tracking, held)
             try:
                 self._stream()
             except (RuntimeError, MemoryError) as error:
@@ -188,6 +197,10 @@ class Run:
             self._checkpoint()
         self._stop_on(received)
 
+    def track(self, figures: dict[str, float]) -> None:
+        """To the trackers, at a step that counts optimizer steps and finished tasks: some methods make no steps."""
+        self.tracking.log(figures, self.steps + len(self.records))
+
     def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
         """Shows work that is no optimizer step, and stops the run once a signal has come: with a checkpoint of what is done if
         the learner's state is `whole`, else the newest one is where the run goes on from."""
@@ -204,6 +217,11 @@ class Run:
         held.enter_context(lock(self.folder))
         held.enter_context(log_to_file(self.folder / "train.log"))
         run_folder.claim(self.folder, self.config)
+
+    def _begin_tracking(self, held: ExitStack) -> None:
+        self.tracking = Tracking(self.config.trackers, self.folder,
+                                 {**self.config.model_dump(mode="json"), "seed": self.seed})
+        held.callback(self.tracking.close)
 
     def _build(self) -> None:
         config = self.config
@@ -275,6 +293,7 @@ class Run:
                 "files": files, "probe": self.learner.probe(), "counts": asdict(counts),
                 "class_counts": asdict(by_class)})
             self.within_task = False
+            self.track(task_figures(self.records[-1], self._metrics()))
             self._checkpoint()
             self._write_results()
             LOGGER.info(f"Saved: {', '.join(files)} in {self.folder}")
@@ -282,7 +301,8 @@ class Run:
                 LOGGER.info(line)
             self._stop_on(*distributed.largest(self.signals.received or 0))
         self._write_results()
-        on_main(write_pictures, self.result, self.folder)
+        pictures = on_main(write_pictures, self.result, self.folder)
+        self.tracking.show(pictures, self.steps + len(self.records))
         self._write_results(finished=True)
         on_main(self.checkpoints.remove_all)
 
@@ -321,15 +341,18 @@ class Run:
             "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
             "seconds": time.monotonic() - self.task_started, "steps": self.steps, "random": global_state()})
 
-    def _write_results(self, finished: bool = False) -> None:
-        self.result["metrics"] = summary([TaskCounts(**record["counts"]) for record in self.records])
+    def _metrics(self) -> dict[str, Any]:
+        metrics = summary([TaskCounts(**record["counts"]) for record in self.records])
         decided = self.records and all(record["kept"] is not None for record in self.records)
         if self.stream.task_domains and decided:
-            self.result["metrics"]["kept_set"] = kept_set(
+            metrics["kept_set"] = kept_set(
                 first_appearances(self.stream.task_domains[:len(self.records)]),
                 [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
                 [record["beta"] for record in self.records])
-        self.result["finished"] = finished
+        return metrics
+
+    def _write_results(self, finished: bool = False) -> None:
+        self.result["metrics"], self.result["finished"] = self._metrics(), finished
         on_main(write_sealed_json, self.folder / "results.json", self.result)
 
     def _report(self) -> None:

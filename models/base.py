@@ -28,6 +28,10 @@ class Session(Protocol):
         """To be called between optimizer steps, when `state` is one to go on from: may write a checkpoint, and raises
         utils.runs.signals.Stopped when the run is to stop."""
 
+    def track(self, figures: dict[str, float]) -> None:
+        """Takes figures by name, for the trackers of the run if it has any; to be called where figures are read anyway, since
+        reading waits for the device."""
+
     def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
         """To be called between the `total` parts of any other work that may take more than a second: shows it, and raises
         Stopped when the run is to stop. `whole`: the state is one to go on from, and is saved then; otherwise the run goes on

@@ -11,7 +11,7 @@ class FinetuneHead(GradientLearner):
     """A control: the frozen backbone with the head alone, trained as SD-LoRA trains its head; what adapters must beat."""
 
     def groups(self) -> list[dict]:
-        return [{"params": self.head.trainable(), "lr": learning_rate(self.config, self.task)}]
+        return [{"params": self.head.trainable(), "lr": learning_rate(self.config, self.task), "name": "head"}]
 
     def save(self, folder: Path) -> list[Path]:
         return [save_head(folder, self.head, self.task)]

@@ -115,7 +115,7 @@ class L2P(GradientLearner):
         self._look = torch.compile(network.look) if config.compile else network.look
 
     def groups(self) -> list[dict]:
-        return [{"params": [*self.pool.parameters(), *self.head.trainable()]}]
+        return [{"params": [*self.pool.parameters(), *self.head.trainable()], "name": "prompts and head"}]
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `PromptedViT.look`, in the run's precision."""

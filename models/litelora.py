@@ -157,7 +157,8 @@ class Selection(Recipe):
     def groups(self) -> list[dict]:
         if self.learner.task == 0:
             return []
-        return [{**self.group(self.learner.bank.alpha, self.config.alpha_lr), "weight_decay": self.config.weight_decay}]
+        group = self.group("magnitudes", self.learner.bank.alpha, self.config.alpha_lr)
+        return [{**group, "weight_decay": self.config.weight_decay}]
 
     def select(self) -> torch.optim.Optimizer:
         """The optimizer of phase 2; freezes all else."""
@@ -165,7 +166,8 @@ class Selection(Recipe):
         self._frozen = [learner.bank.new_A, learner.bank.new_B, learner.bank.alpha, *learner.head.trainable()]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        return optimizer_of("adamw", [{"params": [self.gate.open_newest()]}], config.beta_lr, 0.0, config.weight_decay)
+        group = {"name": "gate", "params": [self.gate.open_newest()]}
+        return optimizer_of("adamw", [group], config.beta_lr, 0.0, config.weight_decay)
 
     def selection_step(self, step: int) -> Tensor:
         """One draw of noise and one merge, shared by all blocks and projections."""

@@ -98,6 +98,11 @@ def warnings(config: Config) -> list[str]:
             "as it does."]
 
 
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rates now, by the names of the parameter groups, or their numbers where they have none."""
+    return {str(group.get("name", number)): group["lr"] for number, group in enumerate(optimizer.param_groups)}
+
+
 def learning_rate(config: Config, task: int) -> float:
     """Initial learning rate of `task`."""
     return config.init_lr if task == 0 else config.lrate

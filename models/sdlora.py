@@ -120,8 +120,8 @@ class SDLoRA(GradientLearner):
 
     def groups(self) -> list[dict]:
         rate = learning_rate(self.config, self.task) if self.config.head_lr is None else self.config.head_lr
-        return [{"params": [self.bank.new_A, self.bank.new_B]}, {"params": self.head.trainable(), "lr": rate},
-                *self.recipe.groups()]
+        return [{"name": "adapter", "params": [self.bank.new_A, self.bank.new_B]},
+                {"name": "head", "params": self.head.trainable(), "lr": rate}, *self.recipe.groups()]
 
     def wants_step(self, step: int) -> bool:
         return super().wants_step(step) and self.recipe.wants_step(step)
@@ -144,6 +144,9 @@ class SDLoRA(GradientLearner):
 
     def advice(self) -> str:
         return f"lower init_lr, lrate or alpha_lr{self.recipe.advice()}"
+
+    def tracked(self, means: dict[str, float]) -> dict[str, float]:
+        return {**super().tracked(means), **{f"beta/adapter_{t}": beta for t, beta in enumerate(self.beta_after().tolist())}}
 
     def loss_parts(self, means: dict[str, float]) -> str:
         return self.recipe.loss_parts(means) if self.task > 0 else ""

@@ -345,15 +345,21 @@ class GradientLearner(BaseLearner):
         self._stop_if_not_finite()
         every, epochs, means = self.config.eval_every, self.epochs(), self._position.meter.read()
         wanted = every and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
-        test = [f"Test_accy {self.session.evaluate():.2f}"] if wanted else []
+        test = {"test/accuracy": self.session.evaluate()} if wanted else {}
         parts = [f"Loss {means['loss']:.3f}{self.loss_parts(means)}", *self._line_figures(),
-                 f"Train_accy {means['accuracy']:.2f}", *test]
+                 f"Train_accy {means['accuracy']:.2f}", *(f"Test_accy {accuracy:.2f}" for accuracy in test.values())]
         LOGGER.info(f"{title} => {', '.join(parts)}")
+        self.session.track({**self.tracked(means), **test})
         self._position = Position(epoch + 1, 0, self._position.step, Meter(self.device))
 
     def _shown_figures(self) -> dict[str, float]:
         means = self._position.meter.read()
         return {"loss": means["loss"], **self.figures(), "accuracy": means["accuracy"]}
+
+    def tracked(self, means: dict[str, float]) -> dict[str, float]:
+        """What trackers get at the end of an epoch."""
+        rates = {f"lr/{name}": rate for name, rate in optimisation.learning_rates(self._optimizer).items()}
+        return {**{f"train/{name}": value for name, value in {**means, **self.figures()}.items()}, **rates}
 
     def loss_parts(self, means: dict[str, float]) -> str:
         """What the loss of an epoch's log line is made of."""

@@ -72,10 +72,10 @@ class Recipe(Component):
         """Parameter groups besides the newcomer's factors and the head rows."""
         return []
 
-    def group(self, parameter: nn.Parameter, rate: float | None) -> dict:
-        """A parameter group with its learning rate, the task's where that is None, and no weight decay."""
+    def group(self, name: str, parameter: nn.Parameter, rate: float | None) -> dict:
+        """A named parameter group with its learning rate, the task's where that is None, and no weight decay."""
         base = learning_rate(self.config, self.learner.task)
-        return {"params": [parameter], "lr": base if rate is None else rate, "weight_decay": 0.0}
+        return {"name": name, "params": [parameter], "lr": base if rate is None else rate, "weight_decay": 0.0}
 
     def step(self, step: int) -> Tensor | None:
         """Merges the network of optimizer step `step`; returns the term that the gate adds to the loss."""

@@ -38,7 +38,7 @@ class Open(Recipe):
         self.learner.bank.reset_magnitudes(self.config.init_alpha)
 
     def groups(self) -> list[dict]:
-        return [self.group(self.learner.bank.alpha, self.config.alpha_lr)]
+        return [self.group("magnitudes", self.learner.bank.alpha, self.config.alpha_lr)]
 
     def settle(self, decision: Decision) -> None:
         """The newcomer's norm stays a fixed factor of it: SD-LoRA evaluates the current adapter as it was trained."""

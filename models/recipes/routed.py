@@ -115,7 +115,7 @@ class Routed(GumbelSparsemax):
         return sums / counts[:, None], Moments.of(learner.data.train_size(learner.task), total, products)
 
     def groups(self) -> list[dict]:
-        return [self.group(self.gate.logits, self.config.gate_lr)]  # magnitudes are fixed
+        return [self.group("gate", self.gate.logits, self.config.gate_lr)]  # magnitudes are fixed
 
     def annealed_steps(self) -> int:
         return math.ceil(self.config.gate_phase * self.task_steps())

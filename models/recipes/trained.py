@@ -107,7 +107,8 @@ class TrainedGate(Recipe):
             bank.rescale(torch.cat([before, after[-1:]]), after)
 
     def groups(self) -> list[dict]:
-        return [self.group(self.learner.bank.alpha, self.config.alpha_lr), self.group(self.gate.logits, self.config.gate_lr)]
+        return [self.group("magnitudes", self.learner.bank.alpha, self.config.alpha_lr),
+                self.group("gate", self.gate.logits, self.config.gate_lr)]
 
     def step(self, step: int) -> Tensor | None:
         """One temperature, one draw of noise and one merge, shared by all blocks and projections."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from utils.config.rules import MAX_SEED, Devices, FilePath, Name, NoFixedMemory, NoMemory, OneSeed, Seeds, Text
+from utils.config.rules import MAX_SEED, Devices, FilePath, Name, NoFixedMemory, NoMemory, OneSeed, Seeds, Text, Trackers
 
 
 class KeyGroup(BaseModel):
@@ -78,6 +78,11 @@ class RunKeys(KeyGroup):
         10.0, "Write a checkpoint within a task every so many minutes; one is written after every task too.", gt=0)
     checkpoint_steps: int | None = key(
         None, "Write one every so many optimizer steps as well.", unset="by time alone", ge=1)
+    trackers: Trackers = key(
+        [],
+        "Experiment trackers that get the run's figures besides its own files, each a package of its own: "
+        "`tensorboard`, `wandb`, `mlflow`. A single name may stand without the list. See docs/TRACKERS.md.",
+        allowed='a list of different ones of "tensorboard", "wandb", "mlflow"')
     deterministic: bool = key(
         False, "Only deterministic algorithms, also on CUDA (slower); the CPU always gives the same bits.")
 

@@ -144,6 +144,10 @@ def _complaint(key: str, values: Mapping[str, Any], kind: type[Config]) -> str:
     wanted, kinds = allowed(key, field), kinds_of(field.annotation)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 and _fits(key, int(value), values, kind):
         return f"'{key}' is {show(value)}, a decimal number; write the integer {int(value)}."
+    if names := _literals(item for kind in kinds if get_origin(kind) is list for item in get_args(kind)):
+        given = value if isinstance(value, list) else [value]
+        wrong = [item for item in given if isinstance(item, str) and item not in names]
+        return f"'{key}' is {show(value)}; it must be {wanted}.{nearest(wrong[0], names) if wrong else ''}"
     if not isinstance(value, str):
         return f"'{key}' is {show(value)}; it must be {wanted}."
     if str in kinds:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
@@ -89,9 +89,9 @@ def _falsy(value: int) -> int:
     return value
 
 
-def _one_or_list(item: dict[str, Any], distinct: bool = True, most: int | None = None) -> WithJsonSchema:
+def _one_or_list(item: dict[str, Any], distinct: bool = True, most: int | None = None, least: int = 1) -> WithJsonSchema:
     limits = {**({"uniqueItems": True} if distinct else {}), **({"maxItems": most} if most else {})}
-    several = {"type": "array", "items": item, "minItems": 1, **limits}
+    several = {"type": "array", "items": item, "minItems": least, **limits}
     return WithJsonSchema({"anyOf": [item, several]})
 
 
@@ -126,6 +126,13 @@ RankSteps = Annotated[
     list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]],
     Field(min_length=1),
     AfterValidator(_rank_steps),
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]  # those of utils/runs/tracking.py
+Trackers = Annotated[
+    list[Tracker],
+    BeforeValidator(_as_list),
+    AfterValidator(_distinct),
+    _one_or_list({"enum": list(get_args(Tracker))}, least=0),
 ]
 NoMemory = Annotated[int, AfterValidator(_falsy), WithJsonSchema({"enum": [0]})]
 NoFixedMemory = Annotated[bool, AfterValidator(_falsy), WithJsonSchema({"enum": [False]})]

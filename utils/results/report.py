@@ -70,6 +70,25 @@ def curve_lines(metrics: Mapping[str, Any]) -> list[str]:
             f"Forgetting (CNN): {_number(metrics['forgetting'], 2)}"]
 
 
+def task_figures(entry: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What trackers get after a task, by name: from its record and the metrics up to it. What the method has not is left
+    out."""
+    kept = entry["kept"]
+    figures = {
+        "task": entry["task"], "accuracy/last": metrics["last_accuracy"], "accuracy/average": metrics["average_accuracy"],
+        "accuracy/forgetting": metrics["forgetting"],
+        **{f"accuracy/task_{task}": value for task, value in enumerate(metrics["accuracy_matrix"][-1])},
+        "adapters/kept": entry["active_adapters"], "adapters/newest_kept": None if kept is None else int(kept),
+        "adapters/evicted": len(entry["evicted"]),
+        **{f"beta/adapter_{task}": value for task, value in enumerate(entry["beta_after"] or [])},
+        **{f"beta_decided/adapter_{task}": value for task, value in enumerate(entry["beta_values"] or [])},
+        **{f"growth/{name}": value for name, value in entry["numbers"].items()},
+        "size/trainable_parameters": entry["trainable_parameters"], "size/stored_parameters": entry["stored_parameters"],
+        "size/stored_bytes": entry["stored_bytes"], "size/peak_memory_bytes": entry["peak_memory_bytes"],
+        "seconds/task": entry["seconds"]}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def seeds_table(results: Sequence[Mapping[str, Any]]) -> str:
     """One row per run with last and average accuracy, forgetting and adapters kept, then mean ± deviation.
 

@@ -44,6 +44,19 @@ def join(device: torch.device) -> None:
     sys.excepthook = _fail  # after torch has put its own
 
 
+def accelerate_state() -> None:
+    """Makes sure that Accelerate knows which process this is, which its trackers ask for.
+
+    In a run of one process that must not connect anything, also where a launcher has set its variables.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import clear_environment
+
+    if not PartialState._shared_state:
+        with clear_environment():
+            PartialState(cpu=True)
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes files and log lines."""
     return place().rank == 0

@@ -10,7 +10,8 @@ from utils.runs.files import read_sealed_json, remove_leftovers, write_json
 from utils.runs.lock import LOCK_FILE, lock
 
 # Keys that do not change what a run computes; a run may be continued with other values of these.
-NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps"})
+NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps",
+                          "trackers"})
 
 
 def folder_of(config: Config, seed: int) -> Path:
