@@ -130,8 +130,8 @@ RankSteps = Annotated[
 Tracker = Literal["tensorboard", "wandb", "mlflow"]  # those of utils/runs/tracking.py
 Trackers = Annotated[
     list[Tracker],
-    BeforeValidator(_as_list),
-    AfterValidator(_distinct),
+    BeforeValidator(as_list),
+    AfterValidator(distinct),
     _one_or_list({"enum": list(get_args(Tracker))}, least=0),
 ]
 NoMemory = Annotated[int, AfterValidator(_falsy), WithJsonSchema({"enum": [0]})]
