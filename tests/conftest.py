@@ -28,5 +28,5 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def no_pictures() -> Iterator[None]:
     """They take a third of the time of a small run; tests/utils/results/test_plots.py is about them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_pictures", lambda result, folder: None)
+        patch.setattr(trainer, "write_pictures", lambda result, folder: [])
         yield

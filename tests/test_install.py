@@ -19,7 +19,7 @@ def test_what_is_installed_is_what_there_is() -> None:
     project = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML").loads((ROOT / "pyproject.toml").read_text())
     module, _, function = project["project"]["scripts"]["gumbel-cl-lora"].partition(":")
     assert getattr(importlib.import_module(module), function) is main.main
-    assert {"trackers", "search", "slurm", "export", "dev"} <= project["project"]["optional-dependencies"].keys()
+    assert {"trackers", "search", "slurm", "export", "report", "dev"} <= project["project"]["optional-dependencies"].keys()
     setup = project["tool"]["setuptools"]
     assert project["project"]["dynamic"] == ["dependencies"]  # in one place, the file that the README installs
     assert setup["dynamic"]["dependencies"] == {"file": ["requirements.txt"]} and (ROOT / "requirements.txt").exists()
@@ -28,6 +28,11 @@ def test_what_is_installed_is_what_there_is() -> None:
     assert {f"{name}*" for name in packages} == set(setup["packages"]["find"]["include"])
     modules = [path for name in packages for path in (ROOT / name).rglob("*.py")]
     assert [path for path in modules if not (path.parent / "__init__.py").exists()] == [], "a package that would be left out"
+    data = {path for name in packages for path in (ROOT / name).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}
+    taken = {path for package, patterns in setup["package-data"].items() for pattern in patterns
+             for path in (ROOT / package.replace(".", "/")).glob(pattern)}
+    assert data - set(modules) == taken
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from accelerate import tracking as accelerate_tracking
 
 import trainer
 from main import main
-from tests.helpers import ROOT, learner_of, small_config, small_values
+from tests.helpers import ROOT, learner_of, pictures, small_config, small_values
 from utils.config import config_from_dict
 from utils.config.rules import Tracker
 from utils.errors import UserError
@@ -46,7 +46,8 @@ def tracked(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The folder and record of a gated run of two tasks under TensorBoard."""
     pytest.importorskip("tensorboard")
     folder = tmp_path_factory.mktemp("tracked") / "run"
-    result, = trainer.run(small_config(folder, **TWO_TASKS, trackers=["tensorboard"]))
+    with pictures():
+        result, = trainer.run(small_config(folder, **TWO_TASKS, trackers=["tensorboard"]))
     return folder, result
 
 
@@ -96,7 +97,6 @@ def test_an_interrupted_run_goes_on_in_the_same_one(tracked, tmp_path: Path, mon
         patch.setattr(trainer.Run, "after_step", die)
         trainer.run(config)
     assert json.loads((tmp_path / "run" / "trackers.json").read_text())["step"] == 10
-    monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: [])  # they take longer than the rest
     trainer.run(config)
     expected, _, text = read_events(tracked[0])
     again, _, same_text = read_events(tmp_path / "run")
@@ -123,8 +123,7 @@ def test_methods_name_their_learning_rates(choice: dict[str, Any], rates: set[st
     assert all(isinstance(value, float) for value in given[-1].values())
 
 
-def test_methods_without_optimizer_steps_are_tracked_by_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "write_pictures", lambda result, folder: [])
+def test_methods_without_optimizer_steps_are_tracked_by_task(tmp_path: Path) -> None:
     trainer.run(small_config(tmp_path / "run", model_name="simplecil", nb_tasks=2, trackers=["tensorboard"]))
     scalars, _, _ = read_events(tmp_path / "run")
     assert scalars["task"] == [(1, 0.0), (2, 1.0)] and "beta/adapter_0" not in scalars and "train/loss" not in scalars
@@ -184,8 +183,8 @@ class Remote(Kind):
     def identity(self, tracker: Any) -> str:
         return f"id of {self.name}"
 
-    def show(self, tracker: Any, pictures: list[Path], step: int) -> None:
-        tracker.note("show", *pictures)
+    def show(self, tracker: Any, paths: list[Path], step: int) -> None:
+        tracker.note("show", *paths)
 
 
 @pytest.fixture
