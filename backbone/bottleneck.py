@@ -1,8 +1,8 @@
 """Bottleneck adapters beside the MLPs of a frozen ViT (AdaptFormer, Chen et al., 2022), several of them, one in force.
 
 A block computes `x' = x + attention`, `x'' = x' + MLP(norm(x'))`; an adapter adds `s (U relu(D x' + d) + u)`. It reads x' as
-it is, without the norm, as the official code of RanPAC, APER and EASE does; in the papers' text it reads what the MLP reads. It
-is attached by hooks, so any block with a `norm2` and an `mlp` takes one, whatever else it does.
+it is, without the norm, as the official code of RanPAC, APER and EASE does; in the papers' text it reads what the MLP reads.
+It is attached by hooks, so any block with a `norm2` and an `mlp` takes one, whatever else it does.
 
 Shapes: L blocks, N tokens, d width, r bottleneck, n stored adapters.
 """
@@ -159,9 +159,13 @@ class _Site:
         self.x: Tensor | None = None
 
     def attach(self, block: nn.Module) -> None:
+        block.register_forward_pre_hook(self._begin)
         for part in (block.norm2, block.mlp):  # in a block with its norms behind, the MLP comes first
             part.register_forward_pre_hook(self._enter)
         block.register_forward_hook(self._leave)
+
+    def _begin(self, block: nn.Module, arguments: tuple) -> None:
+        self.x = None
 
     def _enter(self, part: nn.Module, arguments: tuple) -> None:
         if self.x is None:

@@ -16,27 +16,28 @@ from backbone.vit import fused_qkv
 class LowRankKV(nn.Module):
     """Stands in for a timm block's fused `attn.qkv` linear: `merged` holds the frozen weight and all stored adapters.
 
-    A `[r, d]`, B `[2d, r]`: the current adapter, added on its own, None where there is none. second: `[d, d]` float64, to
-    which every forward adds `sum x x^T` of its inputs while it is not None.
+    The current adapter of the bank, if it has one, is added on its own. second: `[d, d]` float64, to which every forward adds
+    `sum x x^T` of its inputs while it is not None.
     """
 
-    def __init__(self, qkv: nn.Linear) -> None:
+    def __init__(self, qkv: nn.Linear, bank: "KVBank", number: int) -> None:
         super().__init__()
+        self._bank, self.number = [bank], number  # in a list: the bank is no part of the backbone
         self.weight = nn.Parameter(qkv.weight.detach(), requires_grad=False)
         self.bias = None if qkv.bias is None else nn.Parameter(qkv.bias.detach(), requires_grad=False)
         self.register_buffer("merged", self.weight.clone(), persistent=False)
-        self.A: Tensor | None = None
-        self.B: Tensor | None = None
         self.second: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.second is not None:
-            tokens = x.reshape(-1, x.shape[-1])
-            self.second += (tokens.T @ tokens).double()
-        out = F.linear(x, self.merged, self.bias)
-        if self.A is None:
+            with torch.autocast(x.device.type, enabled=False):
+                tokens = x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+                self.second += (tokens.T @ tokens).double()
+        out, bank = F.linear(x, self.merged, self.bias), self._bank[0]
+        if bank.new_A is None:
             return out
-        return out + F.pad(F.linear(F.linear(x, self.A), self.B), (x.shape[-1], 0))  # q gets nothing
+        added = F.linear(F.linear(x, bank.new_A[self.number]), bank.new_B[self.number])  # (16, 197, 1536)
+        return out + F.pad(added, (x.shape[-1], 0))  # q gets nothing
 
 
 class KVBank(nn.Module):
@@ -46,7 +47,7 @@ class KVBank(nn.Module):
     def __init__(self, vit: nn.Module, name: str) -> None:
         super().__init__()
         linears = fused_qkv(vit, name)
-        self.layers = [LowRankKV(linear) for linear in linears]  # a plain list: they belong to the backbone
+        self.layers = [LowRankKV(linear, self, number) for number, linear in enumerate(linears)]  # parts of the backbone
         for block, layer in zip(vit.blocks, self.layers, strict=True):
             block.attn.qkv = layer
         self.width = linears[0].in_features
@@ -85,8 +86,6 @@ class KVBank(nn.Module):
     def _set_current(self, A: Tensor | None, B: list[Tensor]) -> None:
         self.new_A = A
         self.new_B = nn.ParameterList(nn.Parameter(part.clone()) for part in B)
-        for number, layer in enumerate(self.layers):
-            layer.A, layer.B = (None, None) if A is None else (self.new_A[number], self.new_B[number])
 
     # ---- state
 

@@ -11,6 +11,7 @@ from backbone import FrozenViT
 from backbone.bottleneck import Bottleneck, BottleneckBank
 from backbone.heads.proxy import ProxyHead
 from models.artifacts import SavedNetwork, SavedRun, save_head
+from models.base import TaskReport
 from models.optimisation import OptimisationKeys
 from models.training import GradientLearner, Phase
 from utils.config import Config, KeyGroup, key
@@ -80,6 +81,10 @@ class BottleneckLearner(GradientLearner):
     def settle(self) -> None:
         if self.bank.current is not None:
             self.bank.commit()
+
+    def end_task(self) -> TaskReport:
+        super().end_task()
+        return TaskReport(active_adapters=len(self.bank))
 
     # ---- what is stored
 

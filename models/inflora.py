@@ -2,8 +2,8 @@
 
 Every task t adds `B_t A_t` to the k and the v projection of every block. A_t `[r, d]`, the same for both, is given before
 training: with `H = sum x x^T` over the layer's inputs in the network as it is, its rows are the r leading left singular
-vectors of `(I - M M^T) H`, over sqrt(3); M spans the inputs of earlier tasks, so that no step of task t changes what they give.
-B_t alone is trained, from 0, with its head rows: cross-entropy over the task's classes. Then the product is merged.
+vectors of `(I - M M^T) H`, over sqrt(3); M spans the inputs of earlier tasks, so that no step of task t changes what they
+give. B_t alone is trained, from 0, with its head rows: cross-entropy over the task's classes. Then the product is merged.
 
 M follows by dual gradient projection memory (DualGPM): with the inputs of the finished task, M takes the directions that it
 needs for a share `e_t` of their energy, `e_t` rising from `memory_energy` to `memory_energy_end` along the stream. Beyond
@@ -15,6 +15,7 @@ directions are left, A has rows of 0; a first task that fills more than d / 2 di
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,8 @@ from models.artifacts import SavedNetwork, SavedRun, save_head
 from models.base import TaskReport
 from models.optimisation import epochs_of, schedule_factor
 from models.training import GradientLearner, Phase
-from utils.config import key
+from utils.config import Config, key
+from utils.config.rules import above
 from utils.errors import UserError
 from utils.rng import generator
 from utils.runs import distributed
@@ -104,6 +106,12 @@ class InfLoRA(GradientLearner):
             "quarter", 'The learning rate within a task, set once per epoch: `"quarter"` of a cosine as published, from the '
                        "whole to a 64th of it; the others as elsewhere.")
 
+    @classmethod
+    def contradictions(cls, config: Config) -> Iterator[str]:
+        yield from super().contradictions(config)
+        if config.memory_energy > config.memory_energy_end:
+            yield above(config, "memory_energy", "memory_energy_end", "the share rises along the stream")
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.bank = KVBank(self.backbone.vit, self.config.backbone_type).to(self.device)
@@ -148,10 +156,14 @@ class InfLoRA(GradientLearner):
     def settle(self) -> None:
         self.bank.commit()
 
-    @torch.no_grad()
     def end_task(self) -> TaskReport:
-        with torch.enable_grad():
-            super().end_task()
+        super().end_task()
+        self._remember()
+        return TaskReport(active_adapters=self.task + 1)
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Takes the inputs of the finished task into the memory."""
         config, tasks = self.config, self.data.nb_tasks
         share = config.memory_energy + (config.memory_energy_end - config.memory_energy) * self.task / tasks
         bases, kept = [], []
@@ -163,7 +175,6 @@ class InfLoRA(GradientLearner):
             kept.append(complement)
         distributed.copy_from_main(bases)
         self.memory.put(bases, kept)
-        return TaskReport(active_adapters=self.task + 1)
 
     def _moments(self, title: str, view: int) -> Tensor:
         """`sum x x^T` `[L, d, d]` float64 of the inputs of every layer over one augmented view of the task's images."""
