@@ -58,9 +58,9 @@ class BottleneckLearner(GradientLearner):
         self._drawn = (torch.full((), drawn, device=self.device), number * (total // parts) + min(number, total % parts))
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        key, first = self._drawn
-        self._drawn = key, first + len(images)
-        with self.bank.dropping(key, first):
+        drawn, first = self._drawn
+        self._drawn = drawn, first + len(images)
+        with self.bank.dropping(drawn, first):
             return super().loss(images, targets)
 
     # ---- what the head reads

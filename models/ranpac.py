@@ -30,6 +30,10 @@ class RandomRidge(ProxyHead, RidgeHead):
         super().__init__(*args)
         self.projection.mul_(math.sqrt(self.width))
 
+    @staticmethod
+    def usual_size(width: int) -> int:
+        return min(10_000, 16 * width)
+
     def strength(self, gram: Tensor, penalty: float) -> Tensor:
         return gram.new_tensor(penalty)
 
@@ -43,7 +47,9 @@ class RanPAC(FirstTaskLearner):
     class Keys(FirstTaskLearner.Keys):
         """Random features of RanPAC"""
 
-        ridge_dim: int = key(10_000, "Random features M; the sums take 8 M^2 bytes.", ge=1)
+        ridge_dim: int | None = key(
+            None, "Random features M; their sums take 8 M^2 bytes.",
+            unset="10,000 as published, or 16 times the width of the backbone where that is less", ge=1)
         ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
             "auto",
             'Ridge penalty lambda; `"auto"` takes, for every task anew, the power of ten with the smallest error on every '

@@ -50,12 +50,17 @@ class RidgeHead(GrowingHead):
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
         super().__init__(width, config, seed)
-        size = config.ridge_dim or 8 * width
+        size = config.ridge_dim or self.usual_size(width)
         stream = generator(seed, "projection")
         self.register_buffer("projection", torch.randn(width, size, generator=stream) / math.sqrt(width))
         self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
         self.register_buffer("cross", torch.zeros(size, 0, dtype=torch.float64))
         self.register_buffer("readout", torch.zeros(0, size))
+
+    @staticmethod
+    def usual_size(width: int) -> int:
+        """Random features where the config does not say."""
+        return 8 * width
 
     def random_features(self, features: Tensor) -> Tensor:
         """`relu(f P)` `[b, M]`."""
@@ -80,14 +85,8 @@ class RidgeHead(GrowingHead):
     @torch.no_grad()
     def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
         fit_gram, fit_cross, held_gram, held_cross = sums
-        penalties = [self.config.ridge_lambda]
-        if penalties == ["auto"]:
-            errors = []
-            for number, each in enumerate(self.candidates):
-                pause("ridge_lambda", number, len(self.candidates))
-                W = solve(fit_gram, fit_cross, self.strength(fit_gram, each))
-                errors.append(math.inf if W is None else held_out_error(W, held_gram, held_cross).item())
-            penalties = [self.candidates[number] for number in sorted(range(len(errors)), key=errors.__getitem__)]
+        penalty = self.config.ridge_lambda
+        penalties = self._best_first(sums, pause) if penalty == "auto" else [penalty]
         self.gram = self.gram + fit_gram + held_gram
         self.cross = torch.cat([self.cross, fit_cross + held_cross], 1)
         for penalty in penalties:  # the best, unless it is too small for the sums over all images
@@ -99,6 +98,16 @@ class RidgeHead(GrowingHead):
         if len(penalties) > 1:
             LOGGER.info(f"Task {task}: ridge_lambda {penalty:g}")
         self.readout = W.T.to(self.readout)
+
+    def _best_first(self, sums: list[Tensor], pause: Pause) -> list[float]:
+        """The candidates by their error on the images that are held out; of equal ones the first stays first."""
+        fit_gram, fit_cross, held_gram, held_cross = sums
+        errors = []
+        for number, each in enumerate(self.candidates):
+            pause("ridge_lambda", number, len(self.candidates))
+            W = solve(fit_gram, fit_cross, self.strength(fit_gram, each))
+            errors.append(math.inf if W is None else held_out_error(W, held_gram, held_cross).item())
+        return [self.candidates[number] for number in sorted(range(len(errors)), key=errors.__getitem__)]
 
     def strength(self, gram: Tensor, penalty: float) -> Tensor:
         """lambda of equation `(G + lambda I) W = C` for a `penalty` as the config gives it."""
