@@ -15,6 +15,7 @@ from models.base import TaskReport
 from models.optimisation import OptimisationKeys
 from models.training import GradientLearner, Phase
 from utils.config import Config, KeyGroup, key
+from utils.errors import UserError
 from utils.rng import generator, stream_seed
 from utils.runs import distributed
 from utils.runs.files import write_safetensors
@@ -149,6 +150,11 @@ class SideBySide(nn.Module):
             self.bank.choose(number)
             parts.append(self.backbone(images))
         return torch.cat(parts, 1)
+
+    def as_timm(self) -> nn.Module:
+        """Refuses: see `SavedNetwork.as_timm`."""
+        raise UserError("model_name: this run's network has adapters beside its MLPs, which no network of timm has; export it as "
+                        "torchscript or onnx.")
 
 
 def saved_network(saved: SavedRun, networks: Callable[[int], Sequence[int | None]], adapters: int) -> SideBySide:
