@@ -153,8 +153,8 @@ class SideBySide(nn.Module):
 
     def as_timm(self) -> nn.Module:
         """Refuses: see `SavedNetwork.as_timm`."""
-        raise UserError("model_name: this run's network has adapters beside its MLPs, which no network of timm has; export it as "
-                        "torchscript or onnx.")
+        raise UserError("model_name: this run's network has adapters beside its MLPs, which no network of timm has; export it "
+                        "as torchscript or onnx.")
 
 
 def saved_network(saved: SavedRun, networks: Callable[[int], Sequence[int | None]], adapters: int) -> SideBySide:
