@@ -3,16 +3,21 @@
 from pathlib import Path
 
 from backbone.heads import HEADS
+from models.aper import APER
 from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
+from models.ease import EASE
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
+from models.inflora import InfLoRA
 from models.joint import Joint
 from models.l2p import L2P
 from models.litelora import LiteLoRA
+from models.ranpac import RanPAC
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
+from models.slca import SLCA
 from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
@@ -22,6 +27,11 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "simplecil": SimpleCIL,
     "joint": Joint,
     "l2p": L2P,
+    "ranpac": RanPAC,
+    "aper": APER,
+    "slca": SLCA,
+    "ease": EASE,
+    "inflora": InfLoRA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.heads import HEADS
+from backbone.heads.linear import GrowingHead
 from models import optimisation
 from models.base import BaseLearner, TaskReport
 from models.optimisation import epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
@@ -113,7 +114,7 @@ class GradientLearner(BaseLearner):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.head = HEADS[self.config.head](self.backbone.width, self.config, self.seed).to(self.device)
+        self.head = self.make_head().to(self.device)
         self._process = distributed.part()  # asked for once: a step of a single process has nothing to do with others
         self._optimizer: torch.optim.Optimizer | None = None
         self._position = Position(0, 0, 0, Meter(self.device))
@@ -121,9 +122,22 @@ class GradientLearner(BaseLearner):
         self._skipped = 0
         self._settled = False  # the task is decided and only its head rows may still have to be fitted
         self._row_fit: RowFit | None = None
+        self._fits_alike = getattr(self.config, "row_fit", None) == "alike"  # rows that do not last have no such key
         self._views_seen: list[Tensor] = []  # of a row fit that is to go on
 
     # ---- what a method adds
+
+    def make_head(self) -> GrowingHead:
+        """The classifier: the one that the config names, unless a method brings its own."""
+        return HEADS[self.config.head](self.backbone.width, self.config, self.seed)
+
+    def grow_head(self, task: int) -> None:
+        """Gives the head the rows of `task`, as they start."""
+        self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the settled head predicts from, and keeps its statistics of."""
+        return self.embed(images)
 
     @abstractmethod
     def groups(self) -> list[dict]:
@@ -164,7 +178,7 @@ class GradientLearner(BaseLearner):
 
     def row_fit(self, seen: list[Tensor]) -> RowFit | None:
         """How the new head rows are fitted to the settled network, going on from the views `seen`; None leaves them."""
-        return fit_alike(self, seen) if self.config.row_fit == "alike" else None
+        return fit_alike(self, seen) if self._fits_alike else None
 
     def figures(self) -> dict[str, float]:
         """Figures of the method for the progress display and the log."""
@@ -181,8 +195,8 @@ class GradientLearner(BaseLearner):
         self._optimizer, self._resumed, self._skipped = None, None, 0
         self._settled, self._row_fit, self._views_seen = False, None, []
         self._position = Position(0, 0, 0, Meter(self.device))
-        self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
-        if self.config.row_fit == "alike":
+        self.grow_head(task)
+        if self._fits_alike:
             self.head.clear()  # an adapter that is trained with rows of 0 moves the features less (docs/LOG.md)
 
     def train(self) -> None:
@@ -211,7 +225,7 @@ class GradientLearner(BaseLearner):
                 extra = phase.step(step)
                 clf, sparse, correct = self.backward(images, labels, extra, total)
                 if self._process != (0, 1):
-                    add_up_gradients(self._trained(), clf, correct)
+                    distributed.add_up_gradients(self._trained(), clf, correct)
                 finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
                 if self.config.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
@@ -275,13 +289,13 @@ class GradientLearner(BaseLearner):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images))
+        return self.head(self.features(images))
 
     @torch.no_grad()
     def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the task's training images under the test transform: features `[b, d]`, labels from 0."""
+        """One pass over the task's training images under the test transform: `features` of them, labels from 0."""
         for images, labels in self.task_images("class statistics of the head"):
-            yield self.embed(images), labels
+            yield self.features(images), labels
 
     def task_images(self, title: str, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the current task's images under the test transform, with labels from 0, batch by batch; a
@@ -389,11 +403,3 @@ class GradientLearner(BaseLearner):
         raise UserError(f"The {what} is no longer finite at task {self.task}, epoch {epoch}, step {step}{figures}, learning "
                         f"rates {rates}; the likely cause is a learning rate that is too high: {self.advice()}, then run "
                         "again with --overwrite (what is finished stays readable).")
-
-
-def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
-    """The gradients of `parameters`, and the `others`, become their sums over all processes."""
-    for p in parameters:
-        if p.grad is None:  # a process without images in this batch
-            p.grad = torch.zeros_like(p)
-    distributed.add_up(*(p.grad for p in parameters), *others)

@@ -1,5 +1,4 @@
-"""What holds for all tests: a session says on what it runs, and a run in this process draws its pictures only within
-`helpers.pictures`."""
+"""What holds for all tests: on what they run is said first, and pictures are drawn only within `helpers.pictures`."""
 
 import importlib.metadata
 import platform

@@ -170,6 +170,15 @@ def in_float64(learner: BaseLearner) -> None:
         module.double()
 
 
+def with_images_in_float64(learner: BaseLearner, per_class: int = 20) -> BaseLearner:
+    """`in_float64`, and the batches of the learner's stream too, which keeps so many training images of each class."""
+    in_float64(learner)
+    learner.data._members["train"] = [members[:per_class] for members in learner.data._members["train"]]
+    given = learner.data._with_labels
+    learner.data._with_labels = lambda *args: ((x.double(), y) for x, y in given(*args))
+    return learner
+
+
 def everything(learner: BaseLearner) -> list[Tensor]:
     """All that has been learned."""
     return [*learner.stored_tensors(), *(tensor for module in learner.modules() for tensor in module.buffers())]

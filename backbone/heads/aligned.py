@@ -34,6 +34,7 @@ class AlignedHead(GrowingHead):
         align_lr: float = key(0.01, "Learning rate at the start; it falls along a cosine.", gt=0)
 
     kind = "aligned"
+    decay = 0.0  # weight decay of the alignment
     STATISTICS = ("means", "covariances", "sizes")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
@@ -68,8 +69,7 @@ class AlignedHead(GrowingHead):
         self.means = torch.cat([self.means, means.to(self.means)])
         self.covariances = torch.cat([self.covariances, covariances[:, rows, columns].to(self.covariances)])
         self.sizes = torch.cat([self.sizes, self.sizes.new_tensor([len(counts)])])
-        with torch.enable_grad():
-            self._align(task, pause)
+        self.align(task, pause)
 
     def covariance(self, label: int) -> Tensor:
         """Covariance `[d, d]` of the features of class `label`, float64."""
@@ -81,21 +81,34 @@ class AlignedHead(GrowingHead):
     def draw(self, factors: list[Tensor], samples: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
         """`samples` features of every class `[classes n, d]`, class by class, and their labels."""
         parts = []
-        for mean, lower in zip(self.means, factors, strict=True):
+        for mean, lower in zip(self.centres(), factors, strict=True):
             noise = torch.randn(samples, self.width, generator=stream).to(self.weight)
             parts.append(mean.to(self.weight) + noise @ lower.T.to(self.weight))
         return torch.cat(parts), torch.arange(len(factors), device=self.weight.device).repeat_interleave(samples)
 
-    def _align(self, task: int, pause: Pause) -> None:
+    def centres(self) -> Tensor:
+        """Where the samples of every class lie around, `[classes, d]`."""
+        return self.means
+
+    def factor(self, label: int) -> Tensor:
+        """Lower triangular factor `[d, d]` of the covariance that samples of a class have."""
+        return factor(self.covariance(label))
+
+    def keep(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes the rows that alignment has arrived at."""
+        self.weight, self.bias = weight, bias
+
+    @torch.enable_grad()
+    def align(self, task: int, pause: Pause) -> None:
         """Trains all rows from where they are, in batches of as many images as a class has samples, by SGD along a cosine.
 
         Every draw is keyed by (seed, task), so each process of a run arrives at the same rows.
         """
         config, stream = self.config, generator(self.seed, "align", task)
         weight, bias = (tensor.clone().requires_grad_() for tensor in (self.weight, self.bias))
-        optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM)
+        optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM, weight_decay=self.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
-        factors = [factor(self.covariance(label)) for label in range(len(self.means))]
+        factors = [self.factor(label) for label in range(len(self.means))]
         sizes = self.sizes.tolist()
         for epoch in range(config.align_epochs):
             features, labels = self.draw(factors, config.align_samples, stream)
@@ -108,7 +121,7 @@ class AlignedHead(GrowingHead):
                 optimizer.step()
                 optimizer.zero_grad()
             schedule.step()
-        self.weight, self.bias = weight.detach(), bias.detach()
+        self.keep(weight.detach(), bias.detach())
 
 
 def level(logits: Tensor, sizes: list[int]) -> Tensor:

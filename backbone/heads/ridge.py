@@ -46,16 +46,22 @@ class RidgeHead(GrowingHead):
 
     kind = "ridge"
     predicts = "F.linear(F.relu(features @ projection), weight)"
+    candidates = CANDIDATES
     STATISTICS = ("projection", "gram", "cross", "readout")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
         super().__init__(width, config, seed)
-        size = config.ridge_dim or 8 * width
+        size = config.ridge_dim or self.usual_size(width)
         stream = generator(seed, "projection")
         self.register_buffer("projection", torch.randn(width, size, generator=stream) / math.sqrt(width))
         self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
         self.register_buffer("cross", torch.zeros(size, 0, dtype=torch.float64))
         self.register_buffer("readout", torch.zeros(0, size))
+
+    @staticmethod
+    def usual_size(width: int) -> int:
+        """Random features where the config does not say."""
+        return 8 * width
 
     def random_features(self, features: Tensor) -> Tensor:
         """`relu(f P)` `[b, M]`."""
@@ -81,16 +87,32 @@ class RidgeHead(GrowingHead):
     def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
         fit_gram, fit_cross, held_gram, held_cross = sums
         penalty = self.config.ridge_lambda
-        if penalty == "auto":
-            errors = []
-            for number, each in enumerate(CANDIDATES):
-                pause("ridge_lambda", number, len(CANDIDATES))
-                errors.append(held_out_error(solve(fit_gram, fit_cross, each), held_gram, held_cross))
-            penalty = CANDIDATES[torch.stack(errors).argmin().item()]
-            LOGGER.info(f"Task {task}: ridge_lambda {penalty:g}")
+        penalties = self._best_first(sums, pause) if penalty == "auto" else [penalty]
         self.gram = self.gram + fit_gram + held_gram
         self.cross = torch.cat([self.cross, fit_cross + held_cross], 1)
-        self.readout = solve(self.gram, self.cross, penalty).T.to(self.readout)
+        for penalty in penalties:  # the best, unless it is too small for the sums over all images
+            W = solve(self.gram, self.cross, self.strength(self.gram, penalty))
+            if W is not None:
+                break
+        else:
+            raise UserError(f"ridge_lambda: {penalties[0]:g} is too small to solve for the ridge head; choose a larger one.")
+        if len(penalties) > 1:
+            LOGGER.info(f"Task {task}: ridge_lambda {penalty:g}")
+        self.readout = W.T.to(self.readout)
+
+    def _best_first(self, sums: list[Tensor], pause: Pause) -> list[float]:
+        """The candidates by their error on the images that are held out; of equal ones the first stays first."""
+        fit_gram, fit_cross, held_gram, held_cross = sums
+        errors = []
+        for number, each in enumerate(self.candidates):
+            pause("ridge_lambda", number, len(self.candidates))
+            W = solve(fit_gram, fit_cross, self.strength(fit_gram, each))
+            errors.append(math.inf if W is None else held_out_error(W, held_gram, held_cross).item())
+        return [self.candidates[number] for number in sorted(range(len(errors)), key=errors.__getitem__)]
+
+    def strength(self, gram: Tensor, penalty: float) -> Tensor:
+        """lambda of equation `(G + lambda I) W = C` for a `penalty` as the config gives it."""
+        return penalty * gram.diagonal().mean()
 
     def forward(self, features: Tensor) -> Tensor:
         if self.new_weight is not None:
@@ -113,10 +135,7 @@ def held_out_error(W: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     return ((gram @ W) * W).sum() - 2 * (cross * W).sum()
 
 
-def solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-    """`(G + lambda I)^-1 C` `[M, classes]`, lambda being `penalty` times the mean of G's diagonal."""
-    scale = penalty * gram.diagonal().mean()
-    lower, failed = torch.linalg.cholesky_ex(gram + scale * torch.eye(len(gram)).to(gram))
-    if failed.item():
-        raise UserError(f"ridge_lambda: {penalty:g} is too small to solve for the ridge head; choose a larger one.")
-    return torch.cholesky_solve(cross, lower)
+def solve(gram: Tensor, cross: Tensor, strength: Tensor) -> Tensor | None:
+    """`(G + lambda I)^-1 C` `[M, classes]` for lambda = `strength`; None where that is too small for the rounding."""
+    lower, failed = torch.linalg.cholesky_ex(gram + strength * torch.eye(len(gram)).to(gram))
+    return None if failed.item() else torch.cholesky_solve(cross, lower)

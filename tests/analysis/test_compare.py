@@ -172,7 +172,8 @@ def test_a_study_gives_its_runs_in_its_order_finished_here_or_committed(base, tm
     entries = [("b,rank=3", 1, own, None, finished), ("a,rank=2", 1, tmp_path / "runs/none", there, committed),
                ("a,rank=2", 2, tmp_path / "runs/later", None, None)]
     study = SimpleNamespace(runs=lambda: [
-        SimpleNamespace(name=name, seed=seed, folder=folder, recorded=place, record=lambda record=record: record)
+        SimpleNamespace(name=name, seed=seed, folder=folder, recorded=place, reports=False,
+                        record=lambda record=record: record)
         for name, seed, folder, place, record in entries])
     module = ModuleType("studies.study")
     module.load_study = lambda path: study

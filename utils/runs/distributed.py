@@ -84,6 +84,14 @@ def add_up(*tensors: Tensor) -> None:
             tensor.copy_(summed.view_as(tensor))
 
 
+def add_up_gradients(parameters: list[Tensor], *others: Tensor) -> None:
+    """The gradients of `parameters`, and the `others`, become their sums over all processes."""
+    for p in parameters:
+        if p.grad is None:  # a process without images in this batch
+            p.grad = torch.zeros_like(p)
+    add_up(*(p.grad for p in parameters), *others)
+
+
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes that of the main process, in place."""
     if not _joined():

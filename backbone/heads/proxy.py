@@ -1,0 +1,91 @@
+"""Rows that train a network and then go: the classifier that stays is made of the finished network's features.
+
+Shapes: d width, b batch, c classes of the current task, classes: of all tasks so far.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbone.heads.linear import Features, GrowingHead, Pause
+
+
+class ProxyHead(GrowingHead):
+    """As the official code of APER, RanPAC and EASE trains its adapters: logits `s cos(f, w)` of the task's classes alone, s
+    trained from 1 and w from U(-1 / sqrt(d), 1 / sqrt(d)).
+
+    `commit` throws both away. What answers then is a subclass's, from what `collect` and `absorb` gave it.
+    """
+
+    _ROWS = (*GrowingHead._ROWS, "scale")
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scale: nn.Parameter | None = None
+
+    @property
+    def training_rows(self) -> bool:
+        """Whether a task is being trained, so that the rows answer."""
+        return self.new_weight is not None
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        rows = (torch.rand(classes, self.width, generator=generator) * 2 - 1) / math.sqrt(self.width)
+        self.new_weight = nn.Parameter(rows.to(self.weight))
+        self.scale = nn.Parameter(self.weight.new_ones(()))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        self.new_weight = self.scale = None
+
+    def current_logits(self, features: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.new_weight))
+
+
+class PrototypeHead(ProxyHead):
+    """Then the nearest class mean by cosine (Zhou et al., 2023).
+
+    prototypes `[classes, k d]`: mean features of k networks' outputs side by side, not normalised.
+    """
+
+    kind = "cosine"  # the file is that of a cosine head
+    STATISTICS = ("prototypes",)
+
+    def __init__(self, width: int, *args, networks: int = 1) -> None:
+        super().__init__(width, *args)
+        self.register_buffer("prototypes", torch.zeros(0, networks * width))
+
+    @torch.no_grad()
+    def collect(self, features: Features, classes: int) -> list[Tensor]:
+        """Sums `[c, k d]` and numbers `[c]` of the images of each class."""
+        return class_sums(features, classes, self.prototypes)
+
+    @torch.no_grad()
+    def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
+        self.prototypes = torch.cat([self.prototypes, class_means(sums).to(self.prototypes)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training_rows:
+            return self.current_logits(features)
+        return F.linear(F.normalize(features), F.normalize(self.prototypes).to(features.dtype))
+
+    def to_file(self) -> dict[str, Tensor]:
+        weight = F.normalize(self.prototypes).float()
+        return {"weight": weight, "bias": weight.new_zeros(len(weight))}
+
+
+def class_sums(features: Features, classes: int, like: Tensor) -> list[Tensor]:
+    """Sums `[c, k]` of features `[b, k]` and numbers `[c]` of the images of each class, float64, on the device of `like`."""
+    sums = torch.zeros(classes, like.shape[-1], dtype=torch.float64, device=like.device)
+    counts = torch.zeros(classes, dtype=torch.float64, device=like.device)
+    for batch, labels in features:
+        members = F.one_hot(labels, classes).double()  # [b, c]: a product sums in a fixed order
+        sums += members.T @ batch.double()
+        counts += members.sum(0)
+    return [sums, counts]
+
+
+def class_means(sums: list[Tensor]) -> Tensor:
+    """Mean features `[c, k]` from what `class_sums` returned."""
+    return sums[0] / sums[1][:, None]
