@@ -3,7 +3,9 @@
 Every image is a plain color drawn from its class with some noise, so that a network can learn the classes.
 """
 
+import gzip
 import pickle
+import struct
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +81,19 @@ def _cifar_rows(classes: int, per_class: int) -> tuple[np.ndarray, list[int]]:
 
 def _pickle(path: Path, content: dict) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_idx(folder: Path, train_per_class: int = 3, test_per_class: int = 2, packed: bool = True) -> Path:
+    """The four IDX files of MNIST and its like in `folder`, ten classes of 28 x 28 pixels; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_per_class), ("t10k", test_per_class)):
+        labels = np.tile(np.arange(10, dtype=np.uint8), count)
+        images = np.stack([class_pixels(int(label), row, 28, 28)[:, :, 0] for row, label in enumerate(labels)])
+        for part, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            path = folder / f"{split}-{part}{'.gz' * packed}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return folder
 
 
 def write_class_folders(

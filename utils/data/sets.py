@@ -5,28 +5,32 @@ order of the classes; `utils.data_manager` turns them into a stream of tasks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from utils.data.augmentation import Augmentation
 from utils.data.cifar import read_cifar
 from utils.data.folder import read_domainnet, read_folders
+from utils.data.idx import read_idx
 from utils.errors import UserError, unknown
 
 PHOTOS = Augmentation()  # METHOD.md, section 4
 # Small characters: mirrored they are other characters, cropped hard they are none.
 DRAWINGS = Augmentation(scale=(0.7, 1.0), ratio=(0.85, 1.18), flip=False, test_resize=None)
+# Small photographs that fill their frame: their mirror image is as good, a hard crop leaves nothing.
+CLOTHES = replace(DRAWINGS, flip=True)
 
 Images = Tensor | list[Path]  # uint8 [n, 3, h, w], or one path each
 Contents = tuple[Images, np.ndarray, Images, np.ndarray, list[str]]  # training and test images and labels, class names
 
 _PILOT = "get the archive that LAMDA-PILOT links in its README and unpack it there as {name}/train and {name}/test"
 _OWN = "put your images into train/<class>/ and test/<class>/ under data_path"
+_DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ def _glyphs(data_path: Path, seed: int) -> Contents:
     return load_glyphs(seed)
 
 
+def _fashion_mnist(data_path: Path, seed: int) -> Contents:
+    return read_idx(data_path, FashionMNIST, _DEBIAN_FASHION, "dataset-fashion-mnist")
+
+
 def _pilot(folder: str) -> Callable[[Path, int], Contents]:
     return lambda data_path, seed: read_folders(data_path, folder, _PILOT.format(name=folder))
 
@@ -90,6 +98,7 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "cub200": (PHOTOS, _pilot("cub")),  # what LiteLoRA's configs call it
     "domainnet": (PHOTOS, lambda data_path, seed: read_domainnet(data_path)),
     "folder": (PHOTOS, lambda data_path, seed: read_folders(data_path, None, _OWN)),
+    "fashion_mnist": (CLOTHES, _fashion_mnist),
     "digits": (DRAWINGS, _digits),
     "glyphs": (DRAWINGS, _glyphs),
 }
