@@ -76,8 +76,10 @@ def perform(study: Study, command: Sequence[str], dry_run: bool = False, overwri
 
 def _state(run: StudyRun, overwrite: bool) -> str:
     """"finished", "begun" or "to do"; raises UserError if the run cannot be made."""
-    if run.config.dataset not in DATASETS:
-        raise unknown("dataset", run.config.dataset, DATASETS)
+    names = run.config.dataset
+    for name in [names] if isinstance(names, str) else names:
+        if name not in DATASETS:
+            raise unknown("dataset", name, DATASETS)
     if not overwrite and run.record():
         return "finished"
     return "begun" if not overwrite and (run.folder / "config.json").exists() else "to do"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.data import Dataset, Split
@@ -96,6 +97,16 @@ def write_idx(folder: Path, train_per_class: int = 3, test_per_class: int = 2, p
     return folder
 
 
+def write_svhn(folder: Path, train_per_class: int = 3, test_per_class: int = 2) -> Path:
+    """`train_32x32.mat` and `test_32x32.mat` in `folder`, where a nought has the label 10; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_per_class), ("test", test_per_class)):
+        labels = np.tile(np.arange(1, 11, dtype=np.uint8), count)
+        images = np.stack([class_pixels(int(label), row, 32, 32) for row, label in enumerate(labels)], axis=3)
+        savemat(folder / f"{split}_32x32.mat", {"X": images, "y": labels[:, None]}, do_compression=True)
+    return folder
+
+
 def write_class_folders(
     root: Path,
     classes: Sequence[str] = ("ant", "bee", "cat", "dog"),
@@ -148,7 +159,7 @@ def tensor_dataset(classes: int = 6, per_class: int = 8, size: int = 12) -> Data
     return Dataset("tensors", split(per_class, "train"), split(3, "test"), names, Augmentation())
 
 
-def manager(dataset: Dataset, **options: object) -> DataManager:
+def manager(dataset: Dataset | Sequence[Dataset], **options: object) -> DataManager:
     return DataManager(dataset, **{"init_cls": 2, "increment": 2, "seed": 1993, "image_size": 16, **options})
 
 

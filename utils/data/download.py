@@ -1,4 +1,4 @@
-"""Downloads of published files: into a folder that takes them whole or not at all, and given up where the network is silent."""
+"""Downloads of published files: whole or not at all, and given up where the network is silent."""
 
 import socket
 from collections.abc import Iterator, Sequence

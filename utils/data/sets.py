@@ -4,19 +4,20 @@ A new one is an entry of `READERS`; nothing else in the code knows a data set by
 order of the classes; `utils.data_manager` turns them into a stream of tasks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from utils.data.augmentation import Augmentation
 from utils.data.cifar import read_cifar
 from utils.data.folder import read_domainnet, read_folders
 from utils.data.idx import read_idx
+from utils.data.svhn import read_svhn
 from utils.errors import UserError, unknown
 
 PHOTOS = Augmentation()  # METHOD.md, section 4
@@ -30,6 +31,8 @@ Contents = tuple[Images, np.ndarray, Images, np.ndarray, list[str]]  # training 
 
 _PILOT = "get the archive that LAMDA-PILOT links in its README and unpack it there as {name}/train and {name}/test"
 _OWN = "put your images into train/<class>/ and test/<class>/ under data_path"
+_LETTERS = ("unpack notMNIST_large.tar.gz of http://yaroslavvb.com/upload/notMNIST/ as notmnist/train and notMNIST_small.tar.gz "
+            "as notmnist/test, and set 'bad_images' to skip, since a few of its files are damaged")
 _DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
 
 
@@ -68,6 +71,15 @@ def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
     return dataset
 
 
+def load_datasets(names: str | Sequence[str], data_path: str | Path, seed: int = 0) -> list[Dataset]:
+    """The data sets that the key `dataset` names, in its order; as `load_dataset`."""
+    names = [names] if isinstance(names, str) else names
+    for name in names:  # before the first is read or downloaded
+        if name not in DATASETS:
+            raise unknown("dataset", name, DATASETS)
+    return [load_dataset(name, data_path, seed) for name in names]
+
+
 def _digits(data_path: Path, seed: int) -> Contents:
     from utils.data.digits import load_digits  # imported when asked for: scikit-learn takes a second to load
 
@@ -98,6 +110,10 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "cub200": (PHOTOS, _pilot("cub")),  # what LiteLoRA's configs call it
     "domainnet": (PHOTOS, lambda data_path, seed: read_domainnet(data_path)),
     "folder": (PHOTOS, lambda data_path, seed: read_folders(data_path, None, _OWN)),
+    "cifar10": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR10)),  # as the five-datasets benchmark calls it
+    "mnist": (DRAWINGS, lambda data_path, seed: read_idx(data_path, MNIST)),
+    "svhn": (DRAWINGS, lambda data_path, seed: read_svhn(data_path)),
+    "notmnist": (DRAWINGS, lambda data_path, seed: read_folders(data_path, "notmnist", _LETTERS)),
     "fashion_mnist": (CLOTHES, _fashion_mnist),
     "digits": (DRAWINGS, _digits),
     "glyphs": (DRAWINGS, _glyphs),

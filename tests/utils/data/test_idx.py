@@ -76,7 +76,8 @@ def test_a_download_brings_what_is_missing(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("content, why", [
     (b"", "head"), (b"\0\0\x09\x01\0\0\0\1\0", "head"), (b"\0\0\x08\x01\0\0\0\x63\0", "1 bytes follow"),
-    (b"\0\0\x08\x01\0\0\0\1\0", "1 labels for 30 images"), (b"\0\0\x08\x01\0\0\0\x1e" + b"\x0a" * 30, "label 10"), (None, "gzip"),
+    (b"\0\0\x08\x01\0\0\0\1\0", "1 labels for 30 images"),
+    (b"\0\0\x08\x01\0\0\0\x1e" + b"\x0a" * 30, "label 10"), (None, "gzip"),
 ])
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
     path = write_idx(tmp_path / RAW) / "train-labels-idx1-ubyte.gz"
