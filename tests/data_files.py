@@ -107,6 +107,18 @@ def write_svhn(folder: Path, train_per_class: int = 3, test_per_class: int = 2) 
     return folder
 
 
+def write_emoji(path: Path, classes: int = 3, concepts: int = 4) -> Path:
+    """A file of tools.build_emoji with so many concepts a class, the first of each for testing; returns `path`."""
+    numbers = np.arange(classes * concepts)
+    labels, styles = np.repeat(numbers // concepts, 5), np.tile(np.arange(5), len(numbers))
+    images = np.stack([class_pixels(int(label), row, 64, 64) for row, label in enumerate(labels)])
+    names = np.array([f"kind {number}" for number in range(classes)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, images=images, labels=labels, styles=styles, test=np.repeat(numbers % concepts == 0, 5),
+                        classes=names)
+    return path
+
+
 def write_class_folders(
     root: Path,
     classes: Sequence[str] = ("ant", "bee", "cat", "dog"),

@@ -83,10 +83,13 @@ class DataManager:
         self.bad_images: list[str] = []
         skip = bad_images == "skip"
         trained, test = self._usable("train", skip), self._usable("test", skip)
+        own = self.series.parts[0].domains  # a config with task_domains names a single data set
+        self.task_domains = check_domains(task_domains, self.nb_tasks, own)
+        if self.task_domains and own:
+            trained, test = self._of_domains(trained, 0), self._of_domains(test, 1)
         train, val = self._hold_out(trained, val_fraction)
         self._members = {"train": train, "val": val, "test": test}
-        self.task_domains = check_domains(task_domains, self.nb_tasks)
-        if self.task_domains:
+        if self.task_domains and not own:
             self.series = Series(self._in_domains({"train": trained, "test": test}))
         self._mean_std = None
         if mean_std is not None:
@@ -124,9 +127,20 @@ class DataManager:
             train.append(np.sort(images[drawn[count:]]))
         return train, val
 
+    def _of_domains(self, members: list[np.ndarray], split: int) -> list[np.ndarray]:
+        """Of each class's images in a split (0 training, 1 test) those of the domain of its task."""
+        domains = [self.task_domains[task] for task in self.task_of_class]
+        found = [np.intersect1d(images, self.series.parts[0].domains[domain][split], assume_unique=True)
+                 for images, domain in zip(members, domains, strict=True)]
+        for images, name, domain in zip(found, self.class_names, domains, strict=True):
+            if len(images) == 0:
+                raise UserError(f"task_domains: class '{name}' has no image of the domain '{domain}'; choose another order or "
+                                f"domain.")
+        return found
+
     def _in_domains(self, members: dict[str, list[np.ndarray]]) -> Dataset:
         """The data set with every task's images, of which each split has these `members`, as the task's domain shows them."""
-        dataset, = self.series.parts  # a config with task_domains names a single one
+        dataset, = self.series.parts
         shown = {}
         for name in members:
             split = getattr(dataset, name)

@@ -88,8 +88,8 @@ class DataKeys(KeyGroup):
     dataset: NameOrNames = key(
         ...,
         "The data set, a name in `utils/data`; a wrong name is answered with the known ones. A list of names is a stream of "
-        "several: the tasks of each follow those of the one before, with its own class order, sizes and test transform, and none "
-        "mixes two.",
+        "several: the tasks of each follow those of the one before, with its own class order, sizes and test transform, and "
+        "none mixes two.",
         allowed="a name, or a list of different names")
     data_path: FilePath = key(
         "./data", "Folder in which the data sets lie. `~` is your home folder, in every path.")
@@ -108,7 +108,7 @@ class DataKeys(KeyGroup):
         None,
         "Image domain of every task, for a data set without files (`glyphs`, `digits`): the same classes seen through another "
         "lens, so that it is known which tasks need an adapter. utils/data/domains.py has them; `\"rotated+grating\"` is one "
-        "after the other.",
+        "after the other. A data set with domains of its own (`emoji`) shows a task by the images of its domain instead.",
         unset="images as they are", allowed="a list of domains, one per task")
     shuffle: bool = key(
         True, "Draw the class order from the seed, as PILOT does; false keeps the data set's own order.")
@@ -191,8 +191,8 @@ class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
         if config.backbone_weights is not None and not config.pretrained:
             return ["'pretrained' is false although 'backbone_weights' names a file; leave out one of the two"]
         if config.task_domains is not None and isinstance(config.dataset, list):
-            return ["'task_domains' shows one data set in several domains but 'dataset' names several, each of which is a domain "
-                    "already; leave out 'task_domains' or name one data set"]
+            return ["'task_domains' shows one data set in several domains but 'dataset' names several, each of which is a "
+                    "domain already; leave out 'task_domains' or name one data set"]
         return []
 
 

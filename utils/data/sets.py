@@ -5,7 +5,7 @@ order of the classes; `utils.data_manager` turns them into a stream of tasks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from utils.data.augmentation import Augmentation
 from utils.data.cifar import read_cifar
+from utils.data.emoji import read_emoji
 from utils.data.folder import read_domainnet, read_folders
 from utils.data.idx import read_idx
 from utils.data.svhn import read_svhn
@@ -23,16 +24,18 @@ from utils.errors import UserError, unknown
 PHOTOS = Augmentation()  # METHOD.md, section 4
 # Small characters: mirrored they are other characters, cropped hard they are none.
 DRAWINGS = Augmentation(scale=(0.7, 1.0), ratio=(0.85, 1.18), flip=False, test_resize=None)
-# Small photographs that fill their frame: their mirror image is as good, a hard crop leaves nothing.
-CLOTHES = replace(DRAWINGS, flip=True)
+# Small pictures that fill their frame: their mirror image is as good, a hard crop leaves nothing.
+PICTURES = replace(DRAWINGS, flip=True)
 
 Images = Tensor | list[Path]  # uint8 [n, 3, h, w], or one path each
-Contents = tuple[Images, np.ndarray, Images, np.ndarray, list[str]]  # training and test images and labels, class names
+# Training and test images and labels, class names; of a set with domains of its own, these too (`Dataset.domains`).
+Contents = tuple[Images, np.ndarray, Images, np.ndarray, list[str]] | tuple[
+    Images, np.ndarray, Images, np.ndarray, list[str], dict[str, tuple[np.ndarray, np.ndarray]]]
 
 _PILOT = "get the archive that LAMDA-PILOT links in its README and unpack it there as {name}/train and {name}/test"
 _OWN = "put your images into train/<class>/ and test/<class>/ under data_path"
-_LETTERS = ("unpack notMNIST_large.tar.gz of http://yaroslavvb.com/upload/notMNIST/ as notmnist/train and notMNIST_small.tar.gz "
-            "as notmnist/test, and set 'bad_images' to skip, since a few of its files are damaged")
+_LETTERS = ("unpack notMNIST_large.tar.gz of http://yaroslavvb.com/upload/notMNIST/ as notmnist/train and "
+            "notMNIST_small.tar.gz as notmnist/test, and set 'bad_images' to skip, since a few of its files are damaged")
 _DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
 
 
@@ -46,13 +49,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits, with `labels` indexing `classes` (natural order), and how images are augmented."""
+    """Both splits, with `labels` indexing `classes` (natural order), and how images are augmented.
+
+    domains: those that the set has of its own, with the training and the test images (ascending int64 numbers) of each; a
+    stream with `task_domains` then shows a task's classes by the images of its domain alone.
+    """
 
     name: str
     train: Split
     test: Split
     classes: list[str]
     augmentation: Augmentation = PHOTOS
+    domains: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
@@ -114,7 +122,8 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "mnist": (DRAWINGS, lambda data_path, seed: read_idx(data_path, MNIST)),
     "svhn": (DRAWINGS, lambda data_path, seed: read_svhn(data_path)),
     "notmnist": (DRAWINGS, lambda data_path, seed: read_folders(data_path, "notmnist", _LETTERS)),
-    "fashion_mnist": (CLOTHES, _fashion_mnist),
+    "fashion_mnist": (PICTURES, _fashion_mnist),
+    "emoji": (PICTURES, lambda data_path, seed: read_emoji(data_path)),
     "digits": (DRAWINGS, _digits),
     "glyphs": (DRAWINGS, _glyphs),
 }
@@ -122,8 +131,8 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
 
 def _load(name: str, data_path: Path, seed: int) -> Dataset:
     augmentation, read = READERS[name]
-    images, labels, test_images, test_labels, classes = read(data_path, seed)
-    return Dataset(name, Split(images, labels), Split(test_images, test_labels), classes, augmentation)
+    images, labels, test_images, test_labels, classes, *domains = read(data_path, seed)
+    return Dataset(name, Split(images, labels), Split(test_images, test_labels), classes, augmentation, *domains)
 
 
 DATASETS: dict[str, Callable[[Path, int], Dataset]] = {name: partial(_load, name) for name in READERS}
