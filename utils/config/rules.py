@@ -99,7 +99,7 @@ Text = Annotated[str, AfterValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
 # A list of one is the name alone, so that one stream has one spelling.
 NameOrNames = Annotated[
-    Name | Annotated[list[Name], Field(min_length=2), AfterValidator(_distinct)],
+    Name | Annotated[list[Name], Field(min_length=2), AfterValidator(distinct)],
     BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value),
     _one_or_list({"type": "string", "minLength": 1}),
 ]
