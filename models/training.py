@@ -1,7 +1,7 @@
 """Learning a task by gradient descent: the loop that the methods with a trained head share, and what it sums up."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ from backbone.heads import HEADS
 from backbone.heads.linear import GrowingHead
 from models import optimisation
 from models.base import BaseLearner, TaskReport
-from models.meter import Meter
-from models.optimisation import epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
+from models.optimisation import Phase, epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
 from models.rows import RowFit, RowFitKeys, fit_alike
 from utils.config import Config
 from utils.errors import UserError
@@ -22,19 +21,52 @@ from utils.rng import generator
 from utils.runs import distributed
 from utils.runs.progress import LOGGER
 
+WATCHED = ("loss", "gradient", "gate")  # in the order in which the first one that is not finite is named
 
-class Phase(NamedTuple):
-    """A part of a task's training with an optimizer of its own, made when the phase begins.
 
-    step: prepares an optimizer step, counted within the task; returns a term to add to the loss, if there is one. rate: of an
-    epoch, counted within the phase, the learning rates over the initial ones.
-    """
+class Meter:
+    """Running sums of an epoch on the device, read only when they are shown: reading waits for the device."""
 
-    epochs: int
-    batch_size: int
-    optimizer: Callable[[], torch.optim.Optimizer]
-    step: Callable[[int], Tensor | None]
-    rate: Callable[[float], float]
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, clf, sparse, correct
+        self.bad = torch.full((2,), -1, dtype=torch.long, device=device)  # first step that was not finite, and what in it
+        self.steps = self.images = 0
+
+    def add(self, clf: Tensor, sparse: Tensor, correct: Tensor, images: int) -> None:
+        """One optimizer step: mean losses, number of correct predictions, number of images."""
+        self.sums += torch.stack([(clf + sparse).double(), clf.double(), sparse.double(), correct.double()]).detach()
+        self.steps += 1
+        self.images += images
+
+    def watch(self, step: int, loss: Tensor, gradients: list[Tensor], gate: Tensor | None) -> Tensor:
+        """Notes the first step at which one of `WATCHED` is not finite; returns whether this one is, on the device."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        gate = norm.new_zeros(()) if gate is None else gate.detach().sum()
+        finite = torch.stack([value.detach().double() for value in (loss, norm, gate)]).isfinite()
+        first = torch.stack([torch.full_like(self.bad[0], step), (~finite).long().argmax()])
+        self.bad = torch.where((self.bad < 0) & ~finite.all(), first, self.bad)
+        return finite.all()
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """Step and name of the first number that was not finite, None if all were; waits for the device."""
+        step, what = self.bad.tolist()
+        return None if step < 0 else (step, WATCHED[what])
+
+    def state(self) -> dict[str, Any]:
+        """The sums, for a checkpoint."""
+        return {"sums": self.sums.clone(), "steps": self.steps, "images": self.images}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The sums as they were at `state`."""
+        self.sums.copy_(state["sums"])
+        self.steps, self.images = state["steps"], state["images"]
+
+    def read(self) -> dict[str, float]:
+        """Mean losses and the accuracy in percent since the meter was made."""
+        loss, clf, sparse, correct = self.sums.tolist()
+        steps = max(self.steps, 1)
+        return {"loss": loss / steps, "clf": clf / steps, "sparse": sparse / steps,
+                "accuracy": 100 * correct / max(self.images, 1)}
 
 
 class Position(NamedTuple):
