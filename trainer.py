@@ -14,8 +14,8 @@ import torch
 
 from backbone import FrozenViT, create_backbone
 from models import LEARNERS
-from utils.config import Config, config_warnings
-from utils.data import load_dataset
+from utils.config import Config, config_warnings, title_of
+from utils.data import load_datasets
 from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
 from utils.errors import UserError
@@ -95,7 +95,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, DataManager]:
     """The frozen backbone and the stream of one seed; the data are looked for first, being the usual thing to miss."""
-    dataset = distributed.in_turn(load_dataset, config.dataset, config.data_path, seed)
+    datasets = distributed.in_turn(load_datasets, config.dataset, config.data_path, seed)
     backbone = distributed.in_turn(create_backbone, config, seed)
     processes = place().local_processes
     # Workers pay off beside a GPU; on the CPU they would take the cores that the network computes with.
@@ -103,7 +103,7 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
     workers = spare if config.num_workers is None else config.num_workers
     held_out = LEARNERS[config.model_name].held_out(config)
     data = DataManager(
-        dataset, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
+        datasets, init_cls=config.init_cls, increment=config.increment, seed=seed, image_size=backbone.image_size,
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
         num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains,
@@ -236,16 +236,16 @@ class Run:
         config, identity = self.config, self.learner.backbone.identity
         split = self.data.split_record()
         on_main(write_json, self.folder / "split.json", split)
-        order = json.dumps(self.data.class_order).encode()
+        order, view = json.dumps(self.data.class_order).encode(), self.data.test_view()
         self.result = {
             "finished": False, "config": config.model_dump(mode="json"), "seed": self.seed,
             "order_seed": self.data.order_seed, "versions": versions(),
             "code": code_version(), "hardware": hardware(self.device), "environment": environment(),
             "backbone": asdict(identity),
             "class_order": self.data.class_order, "class_order_sha256": hashlib.sha256(order).hexdigest(),
-            "class_names": self.data.class_names, "test_view": asdict(self.data.test_view()),
+            "class_names": self.data.class_names, "test_view": view and asdict(view),
             "split_sha256": split["sha256"], "bad_images": self.data.bad_images, "tasks": self.records, "metrics": {}}
-        LOGGER.info(f"Run: {config.dataset}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
+        LOGGER.info(f"Run: {title_of(config.dataset)}, {self.data.nb_tasks} tasks, {config.model_name}, seed {self.seed}, "
                     f"{identity.name} on {', '.join(self.result['hardware']['devices'])}, in {self.folder}")
         if self.data.bad_images:
             LOGGER.warning(f"{len(self.data.bad_images)} images cannot be decoded and are left out; results.json lists them.")

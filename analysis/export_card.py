@@ -6,6 +6,8 @@ from typing import Any
 import timm
 
 from analysis.export_formats import Exported, Source
+from utils.config import title_of
+from utils.config.rules import as_list
 from utils.results.metrics import TaskCounts, summary
 
 _UNSTATED = "not stated; fill it in before you publish"
@@ -21,7 +23,7 @@ def card(source: Source, to: str, exported: Exported, licence: str | None, data_
 def _header(source: Source, to: str, licence: str | None) -> str:
     fields: dict[str, Any] = {
         "license": licence or "unknown", "library_name": to, "pipeline_tag": "image-classification",
-        "datasets": [source.saved.config.dataset], "metrics": ["accuracy"],
+        "datasets": as_list(source.saved.config.dataset), "metrics": ["accuracy"],
         "base_model": source.saved.result["backbone"]["name"], "tags": ["continual-learning", "lora"]}
     return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"])  # JSON is YAML
 
@@ -32,7 +34,7 @@ def _title(source: Source, to: str) -> str:
     bank = network.bank
     gate = f" with gate {config.gate}" if hasattr(config, "gate") else ""
     kept = "" if bank is None else f", adapters of the tasks {', '.join(map(str, bank.tasks))}"
-    return (f"# {config.dataset}, {source.classes} classes, as {to}\n\n"
+    return (f"# {title_of(config.dataset)}, {source.classes} classes, as {to}\n\n"
             f"An image classifier that learned its classes task by task, by {config.model_name}{gate} on a frozen "
             f"{saved.result['backbone']['name']}: the network after task {saved.task} (tasks count from 0; "
             f"{len(tasks)} are finished), seed {saved.seed}{kept}.")
@@ -83,7 +85,7 @@ def _licences(source: Source, licence: str | None, data_licence: str | None) -> 
     full = f"{named['name']}.{named['tag']}" if named["tag"] else named["name"]
     known = timm.get_pretrained_cfg(full) if named["source"] == "pretrained" else None
     rows = [("this model", licence or _UNSTATED),
-            (f"the data, {source.saved.config.dataset}", data_licence or _UNSTATED),
+            (f"the data, {title_of(source.saved.config.dataset)}", data_licence or _UNSTATED),
             (f"the backbone's weights, {full} ({named['source']})", getattr(known, "license", None) or _UNSTATED)]
     return "\n".join(["## Licences", "", "| of | licence |", "| --- | --- |", *(f"| {of} | {text} |" for of, text in rows)])
 

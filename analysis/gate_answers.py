@@ -23,7 +23,7 @@ from analysis.gate_tables import TABLES
 from models import load_network
 from models.recipes.routed import RoutedNetwork
 from trainer import build
-from utils.config import config_from_dict
+from utils.config import config_from_dict, title_of
 from utils.errors import UserError
 from utils.results.metrics import TaskCounts
 from utils.runs.files import write_bytes, write_json
@@ -88,7 +88,7 @@ def report(run: FinishedRun, answers: dict[str, Answer], pictures: bool = False)
     config, tasks = run.config, len(run.gates)
     state = "" if run.result["finished"] else " so far (the run is not finished)"
     gate = f", gate {config.gate}" if hasattr(config, "gate") else ""
-    parts = [f"# What the gate learned: {config.dataset}, {config.model_name}{gate}, seed {run.result['seed']}, "
+    parts = [f"# What the gate learned: {title_of(config.dataset)}, {config.model_name}{gate}, seed {run.result['seed']}, "
              f"{tasks} tasks{state}"]
     for number, (name, answer) in enumerate(answers.items(), 1):
         parts += [f"## {number}. {answer['question']}", textwrap.fill(answer["definition"], 110), TABLES[name](answer)]

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from analysis.gate_questions import Answer
+from utils.config import title_of
 from utils.results.plots import BLUE, DPI, GRAY, ORANGE, PRUNED, TASKS_ANNOTATED
 
 Record = Mapping[str, Any]
@@ -169,7 +170,7 @@ def _panels(title: str, result: Record, size: tuple[float, float], rows: int, co
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
     config = result["config"]
-    run = ", ".join(str(config[key]) for key in ("dataset", "model_name", "gate") if config.get(key))
+    run = ", ".join([title_of(config["dataset"]), *(config[key] for key in ("model_name", "gate") if config.get(key))])
     figure.suptitle(f"{title}\n{run}, seed {result['seed']}", fontsize=11)
     return figure, figure.subplots(rows, columns, **options)
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.measures import MEASURES, values
 from analysis.records import Run, Stream
+from utils.config import title_of
 from utils.results.metrics import mean_std
 from utils.results.plots import DPI, GRAY
 from utils.runs.files import write_bytes
@@ -195,7 +196,7 @@ def _canvas(title: str, stream: Stream, names: Sequence[str], extra: int = 1) ->
     sample = f"mean ± deviation over {most if fewest == most else f'{fewest} to {most}'} seeds"
     if len({seed for method in stream.methods for seed in method.runs}) == 1:
         sample = f"seed {first.draw}"
-    axes.text(0.5, 1.02, f"{first.result['config']['dataset']}, {stream.tasks} tasks, {sample}",
+    axes.text(0.5, 1.02, f"{title_of(first.result['config']['dataset'])}, {stream.tasks} tasks, {sample}",
               transform=axes.transAxes, ha="center", fontsize=9, color=GRAY)
     return figure, axes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import models  # noqa: F401  (every key of every method)
-from utils.config import config_of_record
+from utils.config import config_of_record, title_of
 from utils.config.file import read_config_file
 from utils.config.keys import DataKeys
 from utils.errors import UserError
@@ -230,7 +230,7 @@ def _stream_key(result: Mapping[str, Any]) -> tuple:
     network = ".".join(part for part in (backbone["name"], backbone["tag"]) if part)
     data = tuple(json.dumps(config.get(key), sort_keys=True) for key in _STREAM_KEYS if key not in ("dataset", "data_path"))
     folder = Path(config.get("data_path", "")).as_posix()
-    return config["dataset"], network, result["tasks"][-1]["seen_classes"], folder, weights, *data
+    return title_of(config["dataset"]), network, result["tasks"][-1]["seen_classes"], folder, weights, *data
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
@@ -314,9 +314,10 @@ def _unique_names(methods: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _tasks(result: Mapping[str, Any]) -> int:
-    """Tasks of the stream, also where the method learned them all at once."""
+    """Tasks of the stream, also where the method learned them all at once; what the last one of each data set took is then not
+    known, and counts as if the classes were of one."""
     config, classes = result["config"], result["tasks"][-1]["seen_classes"]
-    return 1 + max(0, -(-(classes - config["init_cls"]) // config["increment"]))
+    return max(len(result["tasks"]), 1 + max(0, -(-(classes - config["init_cls"]) // config["increment"])))
 
 
 def _titles(streams: Mapping[tuple, Sequence[Run]]) -> list[str]:

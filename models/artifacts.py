@@ -121,6 +121,9 @@ class SavedRun:
     def test_view(self) -> TestView:
         """How the run has seen its test images. An older record does not say it: that of its data set's files, then."""
         if "test_view" in self.result:
+            if self.result["test_view"] is None:
+                raise UserError(f"{self.folder}: the run's data sets {', '.join(self.config.dataset)} show their test images "
+                                "in different ways, so there is no single one for other images; take a run on one of them.")
             return TestView(**self.result["test_view"])
         backbone, name = self.backbone(), self.config.dataset
         if name not in READERS:

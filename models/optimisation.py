@@ -1,11 +1,11 @@
 """How a task is optimised: optimizers, learning rates and their schedule, and the config keys that say so."""
 
 import math
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.config import Config, KeyGroup, key
 from utils.config.rules import Epochs, Name, above
@@ -14,6 +14,20 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 
 _MEMORY_KEYS = ("memory_size", "memory_per_class", "fixed_memory")
 _OFFICIALLY_IGNORED = ("optimizer", "scheduler", "min_lr", "tuned_epoch", "weight_decay", "init_weight_decay")
+
+
+class Phase(NamedTuple):
+    """A part of a task's training with an optimizer of its own, made when the phase begins.
+
+    step: prepares an optimizer step, counted within the task; returns a term to add to the loss, if there is one. rate: of an
+    epoch, counted within the phase, the learning rates over the initial ones.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: Callable[[], torch.optim.Optimizer]
+    step: Callable[[int], Tensor | None]
+    rate: Callable[[float], float]
 
 
 class OptimisationKeys(KeyGroup):

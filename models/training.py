@@ -1,7 +1,7 @@
 """Learning a task by gradient descent: the loop that the methods with a trained head share, and what it sums up."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from backbone.heads import HEADS
 from backbone.heads.linear import GrowingHead
 from models import optimisation
 from models.base import BaseLearner, TaskReport
-from models.optimisation import epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
+from models.optimisation import Phase, epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
 from models.rows import RowFit, RowFitKeys, fit_alike
 from utils.config import Config
 from utils.errors import UserError
@@ -67,20 +67,6 @@ class Meter:
         steps = max(self.steps, 1)
         return {"loss": loss / steps, "clf": clf / steps, "sparse": sparse / steps,
                 "accuracy": 100 * correct / max(self.images, 1)}
-
-
-class Phase(NamedTuple):
-    """A part of a task's training with an optimizer of its own, made when the phase begins.
-
-    step: prepares an optimizer step, counted within the task; returns a term to add to the loss, if there is one. rate: of an
-    epoch, counted within the phase, the learning rates over the initial ones.
-    """
-
-    epochs: int
-    batch_size: int
-    optimizer: Callable[[], torch.optim.Optimizer]
-    step: Callable[[int], Tensor | None]
-    rate: Callable[[float], float]
 
 
 class Position(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any
 from studies.file import StudyFile, is_study, read_base, read_study_file
 from studies.space import Space, read_space
 from utils.config import Config, command_line_changes, config_from_dict
-from utils.config.rules import escaped
+from utils.config.rules import as_list, escaped
 from utils.data import DATASETS
 from utils.errors import UserError, unknown
 from utils.runs import folder as run_folder
@@ -170,8 +170,9 @@ class Study:
             given = self.space.effective(given)
         config = config_from_dict({**given, "seed": [seed], "filepath": str(folder)},
                                   escaped(str(self._base_of(variant))), options={**places, **self.options})
-        if config.dataset not in DATASETS:
-            raise unknown("dataset", config.dataset, DATASETS)
+        for dataset in as_list(config.dataset):
+            if dataset not in DATASETS:
+                raise unknown("dataset", dataset, DATASETS)
         recorded = None if self.results is None else self.results / name / f"seed_{seed}.json"
         return StudyRun(name, variant, varied, seed, folder, config, recorded, reports)
 

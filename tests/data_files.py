@@ -3,7 +3,9 @@
 Every image is a plain color drawn from its class with some noise, so that a network can learn the classes.
 """
 
+import gzip
 import pickle
+import struct
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.data import Dataset, Split
@@ -81,6 +84,41 @@ def _pickle(path: Path, content: dict) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
+def write_idx(folder: Path, train_per_class: int = 3, test_per_class: int = 2, packed: bool = True) -> Path:
+    """The four IDX files of MNIST and its like in `folder`, ten classes of 28 x 28 pixels; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_per_class), ("t10k", test_per_class)):
+        labels = np.tile(np.arange(10, dtype=np.uint8), count)
+        images = np.stack([class_pixels(int(label), row, 28, 28)[:, :, 0] for row, label in enumerate(labels)])
+        for part, array in (("images-idx3-ubyte", images), ("labels-idx1-ubyte", labels)):
+            content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+            path = folder / f"{split}-{part}{'.gz' * packed}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return folder
+
+
+def write_svhn(folder: Path, train_per_class: int = 3, test_per_class: int = 2) -> Path:
+    """`train_32x32.mat` and `test_32x32.mat` in `folder`, where a nought has the label 10; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train_per_class), ("test", test_per_class)):
+        labels = np.tile(np.arange(1, 11, dtype=np.uint8), count)
+        images = np.stack([class_pixels(int(label), row, 32, 32) for row, label in enumerate(labels)], axis=3)
+        savemat(folder / f"{split}_32x32.mat", {"X": images, "y": labels[:, None]}, do_compression=True)
+    return folder
+
+
+def write_emoji(path: Path, classes: int = 3, concepts: int = 4) -> Path:
+    """A file of tools.build_emoji with so many concepts a class, the first of each for testing; returns `path`."""
+    numbers = np.arange(classes * concepts)
+    labels, styles = np.repeat(numbers // concepts, 5), np.tile(np.arange(5), len(numbers))
+    images = np.stack([class_pixels(int(label), row, 64, 64) for row, label in enumerate(labels)])
+    names = np.array([f"kind {number}" for number in range(classes)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, images=images, labels=labels, styles=styles, test=np.repeat(numbers % concepts == 0, 5),
+                        classes=names)
+    return path
+
+
 def write_class_folders(
     root: Path,
     classes: Sequence[str] = ("ant", "bee", "cat", "dog"),
@@ -133,7 +171,7 @@ def tensor_dataset(classes: int = 6, per_class: int = 8, size: int = 12) -> Data
     return Dataset("tensors", split(per_class, "train"), split(3, "test"), names, Augmentation())
 
 
-def manager(dataset: Dataset, **options: object) -> DataManager:
+def manager(dataset: Dataset | Sequence[Dataset], **options: object) -> DataManager:
     return DataManager(dataset, **{"init_cls": 2, "increment": 2, "seed": 1993, "image_size": 16, **options})
 
 

@@ -7,12 +7,10 @@ nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 a
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +19,8 @@ from torch import Tensor
 
 from utils.data import Dataset, Split
 from utils.data.domains import apply_domain, check_domains
-from utils.data.readers import View, decoded_bytes, free_memory, undecodable
+from utils.data.readers import View, decoded_bytes, free_memory
+from utils.data.series import Series, SeriesSource
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource, TestView
 from utils.errors import UserError, unknown
 from utils.rng import generator
@@ -32,7 +31,7 @@ SplitName = Literal["train", "val", "test"]
 
 
 class DataManager:
-    """Cuts a data set into tasks and gives their batches.
+    """Cuts a data set, or one after another of several, into tasks and gives their batches. No task mixes two data sets.
 
     image_size: S, pixels of the square input. `val_fraction` of the training images of every class is held
     out as `val`. `mean_std`: channel means and standard deviations to normalise with; None leaves images in
@@ -50,7 +49,7 @@ class DataManager:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Sequence[Dataset],
         *,
         init_cls: int,
         increment: int,
@@ -70,36 +69,39 @@ class DataManager:
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
-        self.dataset, self.seed, self.image_size, self.shuffle = dataset, seed, image_size, shuffle
+        self.series, self.seed, self.image_size, self.shuffle = Series(dataset), seed, image_size, shuffle
         self.device, self.placement, self.num_workers = torch.device(device), placement, num_workers
         self.copies = copies
-        self.task_sizes = task_sizes(len(dataset.classes), init_cls, increment, nb_tasks)
+        self.task_sizes = task_sizes([len(part.classes) for part in self.series.parts], init_cls, increment, nb_tasks)
         self.nb_tasks = len(self.task_sizes)
         self._bounds = np.concatenate([[0], np.cumsum(self.task_sizes)]).tolist()
         self.order_seed = seed if order_seed is None else order_seed
-        self.class_order = class_order(len(dataset.classes), self.order_seed, shuffle)[: self._bounds[-1]]
-        self.class_names = [dataset.classes[label] for label in self.class_order]
+        order = self.series.class_order(lambda classes: class_order(classes, self.order_seed, shuffle))
+        self.class_order = order[: self._bounds[-1]]
+        self.class_names = [self.series.classes[label] for label in self.class_order]
         self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
         self.bad_images: list[str] = []
         skip = bad_images == "skip"
-        trained, test = self._usable(dataset.train, skip), self._usable(dataset.test, skip)
+        trained, test = self._usable("train", skip), self._usable("test", skip)
+        own = self.series.parts[0].domains  # a config with task_domains names a single data set
+        self.task_domains = check_domains(task_domains, self.nb_tasks, own)
+        if self.task_domains and own:
+            trained, test = self._of_domains(trained, 0), self._of_domains(test, 1)
         train, val = self._hold_out(trained, val_fraction)
         self._members = {"train": train, "val": val, "test": test}
-        self.task_domains = check_domains(task_domains, self.nb_tasks)
-        if self.task_domains:
-            self.dataset = replace(dataset, train=self._in_domains("train", dataset.train, trained),
-                                   test=self._in_domains("test", dataset.test, test))
+        if self.task_domains and not own:
+            self.series = Series(self._in_domains({"train": trained, "test": test}))
         self._mean_std = None
         if mean_std is not None:
             self._mean_std = [torch.tensor(part, device=self.device).view(1, -1, 1, 1) for part in mean_std]
 
-    def _usable(self, split: Split, skip_bad: bool) -> list[np.ndarray]:
+    def _usable(self, split: str, skip_bad: bool) -> list[np.ndarray]:
         """The split's images class by class in stream order, with `skip_bad` without those that cannot be decoded."""
-        members = _images_by_class(split.labels, self.class_order)
-        if not skip_bad or isinstance(split.images, Tensor):
+        members = self.series.members(split, self.class_order)
+        if not skip_bad:
             return members
-        bad = undecodable(split.images, np.concatenate(members))
-        self.bad_images += [str(split.images[image]) for image in bad]
+        bad, paths = self.series.undecodable(split, np.concatenate(members))
+        self.bad_images += paths
         usable = [images[~np.isin(images, bad)] for images in members]
         for images, name in zip(usable, self.class_names, strict=True):
             if len(images) == 0:
@@ -125,19 +127,35 @@ class DataManager:
             train.append(np.sort(images[drawn[count:]]))
         return train, val
 
-    def _in_domains(self, name: str, split: Split, members: list[np.ndarray]) -> Split:
-        """The split with every task's images as the task's domain shows them."""
-        if not isinstance(split.images, Tensor):
-            raise UserError(
-                f"task_domains: data set '{self.dataset.name}' is read from image files; domains are for data sets that "
-                f"are held as tensors, such as glyphs."
-            )
-        images = split.images.clone()
-        for task, domain in enumerate(self.task_domains):
-            index = np.concatenate([members[label] for label in self.task_classes(task)])
-            picks = torch.from_numpy(index)
-            images[picks] = apply_domain(domain, images[picks], index, self.seed, name)
-        return Split(images, split.labels)
+    def _of_domains(self, members: list[np.ndarray], split: int) -> list[np.ndarray]:
+        """Of each class's images in a split (0 training, 1 test) those of the domain of its task."""
+        domains = [self.task_domains[task] for task in self.task_of_class]
+        found = [np.intersect1d(images, self.series.parts[0].domains[domain][split], assume_unique=True)
+                 for images, domain in zip(members, domains, strict=True)]
+        for images, name, domain in zip(found, self.class_names, domains, strict=True):
+            if len(images) == 0:
+                raise UserError(f"task_domains: class '{name}' has no image of the domain '{domain}'; choose another order or "
+                                f"domain.")
+        return found
+
+    def _in_domains(self, members: dict[str, list[np.ndarray]]) -> Dataset:
+        """The data set with every task's images, of which each split has these `members`, as the task's domain shows them."""
+        dataset, = self.series.parts
+        shown = {}
+        for name in members:
+            split = getattr(dataset, name)
+            if not isinstance(split.images, Tensor):
+                raise UserError(
+                    f"task_domains: data set '{dataset.name}' is read from image files; domains are for data sets that "
+                    f"are held as tensors, such as glyphs."
+                )
+            images = split.images.clone()
+            for task, domain in enumerate(self.task_domains):
+                index = np.concatenate([members[name][label] for label in self.task_classes(task)])
+                picks = torch.from_numpy(index)
+                images[picks] = apply_domain(domain, images[picks], index, self.seed, name)
+            shown[name] = Split(images, split.labels)
+        return replace(dataset, **shown)
 
     def task_classes(self, task: int) -> range:
         """Stream labels of the classes that arrive with `task`."""
@@ -223,17 +241,20 @@ class DataManager:
         trained = np.sort(np.concatenate(self._members["train"] + self._members["val"]))
         tested = np.sort(np.concatenate(self._members["test"]))
         home = self._home(self._decoded_bytes(trained, tested))
-        return {"train": self._source(self.dataset.train, trained, home, keep_decoded=True),
-                "test": self._source(self.dataset.test, tested, home, keep_decoded=False)}
+        return {"train": self._source("train", trained, home), "test": self._source("test", tested, home)}
 
-    def _source(self, split: Split, members: np.ndarray, home: torch.device | None, keep_decoded: bool) -> Source:
-        """`keep_decoded`: image files that are to be augmented; of those that are only tested the finished views are kept."""
-        images, augmentation = split.images, self.dataset.augmentation
-        if isinstance(images, Tensor):
-            return TensorSource(images, augmentation, self.image_size, self.device, home or torch.device("cpu"))
-        kept = DecodedSource if home == self.device else FileSource
-        kind = kept if keep_decoded else EvaluationFileSource
-        return kind(images, members, augmentation, self.image_size, self.device, self.num_workers, home)
+    def _source(self, name: str, members: np.ndarray, home: torch.device | None) -> Source:
+        """Of files that are augmented the decoded images may be kept; of those that are only tested the finished views."""
+        sources = []
+        for part, (split, own, _) in zip(self.series.parts, self.series.apart(name, members), strict=True):
+            if isinstance(split.images, Tensor):
+                where = home or torch.device("cpu")
+                sources.append(TensorSource(split.images, part.augmentation, self.image_size, self.device, where))
+                continue
+            kept = DecodedSource if home == self.device else FileSource
+            kind = kept if name == "train" else EvaluationFileSource
+            sources.append(kind(split.images, own, part.augmentation, self.image_size, self.device, self.num_workers, home))
+        return SeriesSource(sources, self.series.first_image[name]) if len(sources) > 1 else sources[0]
 
     def _home(self, needed: int) -> torch.device | None:
         """Where `needed` bytes of images are kept; None if nowhere."""
@@ -245,21 +266,25 @@ class DataManager:
         return main if self.placement == "memory" or needed * self.copies * _SHARE <= free_memory() else None
 
     def _decoded_bytes(self, trained: np.ndarray, tested: np.ndarray) -> int:
-        train, test = self.dataset.train.images, self.dataset.test.images
-        if isinstance(train, Tensor):
-            return train.nbytes + test.nbytes
-        return decoded_bytes(train, trained) + len(tested) * 3 * self.image_size**2
+        total = 0
+        for split, own, _ in self.series.apart("train", trained):
+            total += split.images.nbytes if isinstance(split.images, Tensor) else decoded_bytes(split.images, own)
+        for split, own, _ in self.series.apart("test", tested):
+            total += split.images.nbytes if isinstance(split.images, Tensor) else len(own) * 3 * self.image_size**2
+        return total
 
-    def test_view(self) -> TestView:
-        """How `eval_batches` shows an image."""
+    def test_view(self) -> TestView | None:
+        """How `eval_batches` shows an image; None where the stream's data sets differ in that."""
         mean, std = (None, None) if self._mean_std is None else (part.flatten().tolist() for part in self._mean_std)
-        eight_bit = not isinstance(self.dataset.test.images, Tensor)
-        return TestView(self.image_size, self.dataset.augmentation.test_resize, eight_bit, mean, std)
+        views = [TestView(self.image_size, part.augmentation.test_resize, not isinstance(part.test.images, Tensor), mean, std)
+                 for part in self.series.parts]
+        return views[0] if all(view == views[0] for view in views) else None
 
     def split_record(self) -> dict[str, Any]:
         """What the run's split was, for its folder: classes and images of every task, with SHA-256 sums.
 
-        `images` sums the images themselves: the bytes of tensors, the relative paths and sizes of files.
+        `images` sums the images themselves: the bytes of tensors, the relative paths and sizes of files; of several data
+        sets, of each.
         `sha256` sums the whole record, the images of every task included.
         """
         tasks = []
@@ -274,13 +299,13 @@ class DataManager:
                 }
             tasks.append(entry)
         record = {
-            "dataset": self.dataset.name,
+            "dataset": self.series.name,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "class_order": self.class_order,
             "class_names": self.class_names,
             **({"task_domains": self.task_domains} if self.task_domains else {}),
-            "images": {"train": _split_sum(self.dataset.train), "test": _split_sum(self.dataset.test)},
+            "images": {split: self.series.digest(split) for split in ("train", "test")},
             "tasks": tasks,
         }
         return {**record, "sha256": hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()}
@@ -310,29 +335,32 @@ def class_order(classes: int, seed: int, shuffle: bool) -> list[int]:
     return np.random.RandomState(seed).permutation(classes).tolist()
 
 
-def task_sizes(classes: int, init_cls: int, increment: int, nb_tasks: int | None) -> list[int]:
+def task_sizes(classes: int | Sequence[int], init_cls: int, increment: int, nb_tasks: int | None) -> list[int]:
     """Classes per task: `init_cls`, then `increment` each; the last takes what is left.
 
+    Of several data sets `classes` holds the number of each; the last task of every one takes what is left of it.
     Raises UserError if the classes do not suffice, if there are fewer than `nb_tasks` tasks, or if a task has
     a single class (the loss over its own classes would be zero, METHOD.md, section 2).
     """
-    if init_cls > classes:
+    counts = [classes] if isinstance(classes, int) else list(classes)
+    if init_cls > counts[0]:
         raise UserError(
-            f"init_cls: {init_cls} is more than the {classes} classes of the data set; choose at most {classes}."
+            f"init_cls: {init_cls} is more than the {counts[0]} classes of the data set; choose at most {counts[0]}."
         )
-    sizes = [init_cls]
-    while sum(sizes) < classes:
-        sizes.append(min(increment, classes - sum(sizes)))
+    sizes = []
+    for count in counts:
+        wanted, end = (increment if sizes else init_cls), sum(sizes) + count
+        while sum(sizes) < end:
+            sizes.append(min(wanted, end - sum(sizes)))
+            wanted = increment
+    told = f"{' and '.join(map(str, counts))} classes with init_cls {init_cls} and increment {increment}"
     if nb_tasks is not None and nb_tasks > len(sizes):
-        raise UserError(
-            f"nb_tasks: {classes} classes with init_cls {init_cls} and increment {increment} make {len(sizes)} tasks, "
-            f"not {nb_tasks}; choose at most {len(sizes)}."
-        )
+        raise UserError(f"nb_tasks: {told} make {len(sizes)} tasks, not {nb_tasks}; choose at most {len(sizes)}.")
     sizes = sizes[:nb_tasks]
     if 1 in sizes:
         key = "init_cls" if sizes[0] == 1 else "increment"
         raise UserError(
-            f"{key}: {classes} classes with init_cls {init_cls} and increment {increment} leave task {sizes.index(1)} "
+            f"{key}: {told} leave task {sizes.index(1)} "
             f"a single class, which has nothing to be told from; choose sizes that give every task two or more."
         )
     return sizes
@@ -348,29 +376,3 @@ def _part_of(order: np.ndarray, batch_size: int, part: tuple[int, int]) -> tuple
     batches = np.split(order, range(batch_size, len(order), batch_size)) if len(order) else []
     mine = [np.array_split(batch, parts)[number] for batch in batches]
     return np.concatenate([order[:0], *mine]), [len(images) for images in mine]
-
-
-def _images_by_class(labels: np.ndarray, order: list[int]) -> list[np.ndarray]:
-    """For each class of `order`, the ascending int64 indices of its images."""
-    by_label = np.argsort(labels, kind="stable").astype(np.int64)
-    bounds = np.searchsorted(labels[by_label], np.arange(max(order) + 2))
-    return [by_label[bounds[label] : bounds[label + 1]] for label in order]
-
-
-def _split_sum(split: Split) -> str:
-    """SHA-256 of a split's labels and images."""
-    total = hashlib.sha256(split.labels.astype("<i8"))
-    if isinstance(split.images, Tensor):
-        total.update(split.images.contiguous().cpu().numpy())
-        return total.hexdigest()
-    root = os.path.commonpath([path.parent for path in split.images])
-    for path in split.images:
-        total.update(f"{path.relative_to(root).as_posix()}\0{_file_size(path)}\0".encode())
-    return total.hexdigest()
-
-
-def _file_size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"data_path: the image '{path}' is not there; get the data set again.") from error

@@ -110,12 +110,12 @@ def test_stopping_early_changes_nothing_before() -> None:
 
 def test_every_image_once_per_epoch_in_a_new_order() -> None:
     data = manager(tensor_dataset(), nb_tasks=1)
-    data.dataset.train.images[:] = torch.arange(48, dtype=torch.uint8).view(-1, 1, 1, 1)
+    data.series.parts[0].train.images[:] = torch.arange(48, dtype=torch.uint8).view(-1, 1, 1, 1)
     orders = []
     for number in range(2):
         images, _ = epoch(data, number=number, batch_size=5)
         orders.append((images.mean((1, 2, 3)) * 255).round().int().tolist())
-        assert sorted(orders[-1]) == sorted(np.flatnonzero(np.isin(data.dataset.train.labels, data.class_order)))
+        assert sorted(orders[-1]) == sorted(np.flatnonzero(np.isin(data.series.parts[0].train.labels, data.class_order)))
     assert orders[0] != orders[1]
 
 

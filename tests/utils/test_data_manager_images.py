@@ -188,7 +188,8 @@ def test_the_view_that_a_record_keeps_is_that_of_the_evaluation(kind: str, folde
     data = manager(tensor_dataset(6) if kind == "tensors" else folders, mean_std=((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
     view = TestView(**json.loads(json.dumps(asdict(data.test_view()))))
     images, _ = views(data, "test", data.task_classes(0))
-    stored, labels = data.dataset.test.images, data.dataset.test.labels
+    test = data.series.parts[0].test
+    stored, labels = test.images, test.labels
     chosen = [image for label in data.task_classes(0) for image in np.flatnonzero(labels == data.class_order[label])]
     raw = [stored[image] if kind == "tensors" else PathReader(stored).read(int(image)) for image in chosen]
     assert torch.equal(torch.stack([view(image) for image in raw]), images)

@@ -12,7 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from utils.config.rules import MAX_SEED, Devices, FilePath, Name, NoFixedMemory, NoMemory, OneSeed, Seeds, Text, Trackers
+from utils.config.rules import (
+    MAX_SEED,
+    Devices,
+    FilePath,
+    Name,
+    NameOrNames,
+    NoFixedMemory,
+    NoMemory,
+    OneSeed,
+    Seeds,
+    Text,
+    Trackers,
+)
 
 
 class KeyGroup(BaseModel):
@@ -90,13 +102,19 @@ class RunKeys(KeyGroup):
 class DataKeys(KeyGroup):
     """Data"""
 
-    dataset: Name = key(..., "The data set, a name in `utils/data`; a wrong name is answered with the known ones.")
+    dataset: NameOrNames = key(
+        ...,
+        "The data set, a name in `utils/data`; a wrong name is answered with the known ones. A list of names is a stream of "
+        "several: the tasks of each follow those of the one before, with its own class order, sizes and test transform, and "
+        "none mixes two.",
+        allowed="a name, or a list of different names")
     data_path: FilePath = key(
         "./data", "Folder in which the data sets lie. `~` is your home folder, in every path.")
     init_cls: int = key(..., "Number of classes in the first task.", ge=1)
     increment: int | None = key(
-        None, "Number of classes in every later task; the last one takes what is left.", unset="`init_cls`",
-        derive=lambda config: config.init_cls, ge=1)
+        None,
+        "Number of classes in every later task; the last one takes what is left, of several data sets the last one of each.",
+        unset="`init_cls`", derive=lambda config: config.init_cls, ge=1)
     nb_tasks: int | None = key(
         None, "Stop after so many tasks: a short trial on the same stream.", unset="all tasks", ge=1)
     bad_images: Literal["stop", "skip"] = key(
@@ -105,9 +123,9 @@ class DataKeys(KeyGroup):
         "once before training; `results.json` lists them.")
     task_domains: list[Name] | None = key(
         None,
-        "Image domain of every task, for data sets without files (`glyphs`, `digits`): the same classes seen through another "
+        "Image domain of every task, for a data set without files (`glyphs`, `digits`): the same classes seen through another "
         "lens, so that it is known which tasks need an adapter. utils/data/domains.py has them; `\"rotated+grating\"` is one "
-        "after the other.",
+        "after the other. A data set with domains of its own (`emoji`) shows a task by the images of its domain instead.",
         unset="images as they are", allowed="a list of domains, one per task")
     shuffle: bool = key(
         True, "Draw the class order from the seed, as PILOT does; false keeps the data set's own order.")
@@ -189,4 +207,12 @@ class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
         """Those among the keys of every run; as `Component.contradictions`."""
         if config.backbone_weights is not None and not config.pretrained:
             return ["'pretrained' is false although 'backbone_weights' names a file; leave out one of the two"]
+        if config.task_domains is not None and isinstance(config.dataset, list):
+            return ["'task_domains' shows one data set in several domains but 'dataset' names several, each of which is a "
+                    "domain already; leave out 'task_domains' or name one data set"]
         return []
+
+
+def title_of(dataset: str | list[str]) -> str:
+    """What the key `dataset` names, in a line."""
+    return dataset if isinstance(dataset, str) else " + ".join(dataset)

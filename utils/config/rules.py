@@ -97,6 +97,12 @@ def _one_or_list(item: dict[str, Any], distinct: bool = True, most: int | None =
 
 Text = Annotated[str, AfterValidator(_printable)]
 Name = Annotated[Text, Field(min_length=1)]
+# A list of one is the name alone, so that one stream has one spelling.
+NameOrNames = Annotated[
+    Name | Annotated[list[Name], Field(min_length=2), AfterValidator(distinct)],
+    BeforeValidator(lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value),
+    _one_or_list({"type": "string", "minLength": 1}),
+]
 # `~` is expanded, so that no reader of the config has to.
 FilePath = Annotated[Name, AfterValidator(os.path.expanduser)]
 # A bare name or number stands for a list of one.

@@ -5,25 +5,21 @@ others. Here any set in these files is read, with an unpickler that makes arrays
 """
 
 import pickle
-import socket
 import tarfile
 import zlib
 from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.datasets import utils as downloads
 
+from utils.data.download import DownloadFailed, fetch, reason_of, staging
 from utils.errors import UserError
 
 _BYTES = 3 * 32 * 32  # one image: the red, the green, then the blue plane
-_TIMEOUT = 30.0  # seconds without an answer after which a download is given up
 
 
 def read_cifar(data_path: Path, published: type[CIFAR10]) -> tuple[Tensor, np.ndarray, Tensor, np.ndarray, list[str]]:
@@ -53,34 +49,24 @@ def _find_folder(data_path: Path, published: type[CIFAR10]) -> Path:
     folder, archive = data_path / published.base_folder, data_path / published.filename
     if folder.is_dir():
         return folder
-    try:
-        data_path.mkdir(parents=True, exist_ok=True)
-        staging = TemporaryDirectory(prefix=".extract-", dir=data_path, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UserError(f"data_path: '{data_path}' cannot be written ({_reason(error)}); choose another folder.") from error
-    with staging as place:
-        _extract(archive if archive.is_file() else _download(published, place, folder), Path(place))
-        if not (staged := Path(place, folder.name)).is_dir():
+    with staging(data_path) as place:
+        _extract(archive if archive.is_file() else _download(published, place, folder), place)
+        if not (staged := place / folder.name).is_dir():
             raise UserError(f"data_path: '{archive}' holds no folder '{folder.name}'; get the archive again.")
         with suppress(OSError):  # another process may have been faster
             staged.rename(folder)
     return folder
 
 
-def _download(published: type[CIFAR10], place: str, folder: Path) -> Path:
-    """The published archive, brought to `place`; its MD5 is checked."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none: a silent network would be waited for without end
+def _download(published: type[CIFAR10], place: Path, folder: Path) -> Path:
+    """The published archive, brought to `place`."""
     try:
-        downloads.download_url(published.url, place, published.filename, published.tgz_md5)
-    except (OSError, RuntimeError, HTTPException) as error:
+        return fetch([published.url], published.tgz_md5, place)
+    except DownloadFailed as error:
         raise UserError(
             f"data_path: neither '{folder}' nor '{folder.parent / published.filename}' is there and the download failed "
-            f"({_reason(error)}); get {published.url} where there is a network and put it into '{folder.parent}'."
+            f"({error}); get {published.url} where there is a network and put it into '{folder.parent}'."
         ) from error
-    finally:
-        socket.setdefaulttimeout(before)
-    return Path(place, published.filename)
 
 
 def _extract(archive: Path, target: Path) -> None:
@@ -98,7 +84,7 @@ def _extract(archive: Path, target: Path) -> None:
                 members.extract(member, target)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
-            f"data_path: '{archive}' cannot be extracted ({_reason(error)}); if it is damaged, remove it and get it again."
+            f"data_path: '{archive}' cannot be extracted ({reason_of(error)}); if it is damaged, remove it and get it again."
         ) from error
 
 
@@ -133,7 +119,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
             f"'{path.parent}' and get it again."
         ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise _damaged(path, _reason(error)) from error
+        raise _damaged(path, reason_of(error)) from error
     if not isinstance(content, dict):
         raise _damaged(path, f"it holds a {type(content).__name__}")
     return content
@@ -158,8 +144,3 @@ def _damaged(path: Path, why: str) -> UserError:
     return UserError(
         f"data_path: '{path}' is no intact CIFAR file ({why}); remove the folder '{path.parent}' and get it again."
     )
-
-
-def _reason(error: BaseException) -> str:
-    """The error in one line, its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ Shapes: n images float32 `[n, 3, h, w]` in 0..1, `u` uniform numbers float32 `[n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -124,12 +124,15 @@ def first_appearances(domains: list[str]) -> list[bool]:
     return [domain not in domains[:task] for task, domain in enumerate(domains)]
 
 
-def check_domains(domains: list[str] | None, tasks: int) -> list[str] | None:
+def check_domains(domains: list[str] | None, tasks: int, own: Collection[str] = ()) -> list[str] | None:
     """The domains of the first `tasks` tasks, spelled without blanks, so that one domain is one text; raises UserError for a
-    name that is none or a list that is too short."""
+    name that is none or a list that is too short. A data set with domains of its `own` is shown in these alone."""
     if domains is None:
         return None
-    domains = ["+".join(_names(domain)) for domain in domains]
+    domains = [domain.strip() if own else "+".join(_names(domain)) for domain in domains]
+    for domain in domains:
+        if own and domain not in own:
+            raise unknown("task_domains", domain, own)
     if len(domains) < tasks:
         raise UserError(f"task_domains: it has {len(domains)} entries for {tasks} tasks; give one domain for every task.")
     return domains[:tasks]

@@ -129,7 +129,7 @@ class FileSource:
         if purpose not in self.loaders:
             pin = self.device.type == "cuda"
             self.loaders[purpose] = Loader(self._reader, self.augmentation, self.size, self.num_workers, pin)
-        requests: list[list[Request]] = [[(image, view) for image in part.tolist()] for part in _in_batches(index, batch_size)]
+        requests: list[list[Request]] = [[(image, view) for image in part.tolist()] for part in in_batches(index, batch_size)]
         return self.loaders[purpose].batches(requests)
 
     @cached_property
@@ -144,12 +144,12 @@ class DecodedSource(FileSource):
     def train(self, index: np.ndarray, view: View, batch_size: int) -> Iterator[Tensor]:
         sizes = np.array([self._reader.shape(image) for image in index.tolist()]).reshape(-1, 2)
         boxes = draw_boxes(self.augmentation, sizes[:, 0], sizes[:, 1], index=index, **view._asdict())
-        for rows in _in_batches(np.arange(len(index)), batch_size):
+        for rows in in_batches(np.arange(len(index)), batch_size):
             cuts = [cut_out(self._reader.read(image), box, self.size) for image, box in zip(index[rows].tolist(), boxes[rows])]
             yield _floats(torch.stack([resize_cut(cut, flip, self.size) for cut, flip in zip(cuts, boxes[rows, 4])]))
 
     def _tested(self, index: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-        for part in _in_batches(index, batch_size):
+        for part in in_batches(index, batch_size):
             images = (self._reader.read(image) for image in part.tolist())
             yield torch.stack([center_image(image, self.size, self.augmentation.test_resize) for image in images])
 
@@ -161,7 +161,7 @@ class EvaluationFileSource(FileSource):
         if self.home is None:
             yield from super().evaluate(index, batch_size)
             return
-        for part in _in_batches(index, batch_size):
+        for part in in_batches(index, batch_size):
             places = torch.from_numpy(np.searchsorted(self.members, part)).to(self.home)
             yield _floats(self._views[places].to(self.device, non_blocking=True))
 
@@ -178,7 +178,7 @@ class EvaluationFileSource(FileSource):
         return PathReader(self.paths)
 
 
-def _in_batches(index: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def in_batches(index: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """`index` in batches; the last may be smaller."""
     return [index[start : start + batch_size] for start in range(0, len(index), batch_size)]
 

@@ -18,6 +18,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from utils.config import title_of
 from utils.runs.files import write_bytes
 
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#6B6B6B"
@@ -149,7 +150,7 @@ def _canvas(title: str, result: Mapping[str, Any],
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
     axes = figure.add_subplot()
     config = result["config"]
-    run = [str(config[key]) for key in ("dataset", "model_name", "gate") if config.get(key)]
+    run = [title_of(config["dataset"]), *(config[key] for key in ("model_name", "gate") if config.get(key))]
     axes.set_title(f"{title}\n", fontsize=13)
     axes.text(0.5, 1.02, ", ".join([*run, f"seed {result['seed']}"]), transform=axes.transAxes, ha="center",
               fontsize=9, color=GRAY)

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import trainer
 from main import main
 from tests.helpers import ROOT
 from tests.tiny_backbone import MAIN, TINY
 from utils.config import known_keys
+from utils.data import sets
 
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 CASES, PROCESSES = (2000, 40) if LONG else (200, 4)
@@ -143,7 +143,7 @@ def data_once(tmp_path_factory) -> object:
     """The data sets are read once, no weights are asked of the hub, and the working folder is one in which nothing lies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what OFFLINE says to a process at its start
-        patch.setattr(trainer, "load_dataset", functools.cache(trainer.load_dataset))
+        patch.setattr(sets, "load_dataset", functools.cache(sets.load_dataset))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
 

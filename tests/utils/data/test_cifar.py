@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import utils.data.cifar
+import utils.data.download
 from tests.data_files import class_pixels, pack_cifar, write_cifar10, write_cifar100
 from utils.data import load_dataset
 from utils.errors import UserError
@@ -86,7 +86,7 @@ def test_missing_without_a_network(tmp_path: Path) -> None:
 
 def test_a_silent_network_is_given_up(tmp_path: Path, server: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing; closed after a minute, so that waiting without end fails here, too."""
-    monkeypatch.setattr(utils.data.cifar, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(utils.data.download, "_TIMEOUT", 0.05)
     server.listen()
     closing = Timer(60, server.close)
     closing.start()
@@ -102,7 +102,7 @@ def test_a_download_lands_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert (url, filename, md5) == (CIFAR10.url, CIFAR10.filename, CIFAR10.tgz_md5)
         pack_cifar(write_cifar10(Path(folder)), CIFAR10)
 
-    monkeypatch.setattr(utils.data.cifar.downloads, "download_url", fetch)
+    monkeypatch.setattr(utils.data.download.downloads, "download_url", fetch)
     assert len(load_dataset("cifar10_224", tmp_path).classes) == 10
     assert [path.name for path in tmp_path.iterdir()] == [CIFAR10.base_folder]
 

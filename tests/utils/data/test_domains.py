@@ -154,7 +154,8 @@ def test_every_task_is_shown_in_its_domain(val_fraction: float) -> None:
     data = stream(dataset, task_domains=[*STREAM, "plain"], val_fraction=val_fraction)
     assert data.task_domains == STREAM
     assert torch.equal(dataset.train.images, before[0]) and torch.equal(dataset.test.images, before[1])
-    for name, given, made in (("train", dataset.train, data.dataset.train), ("test", dataset.test, data.dataset.test)):
+    part, = data.series.parts
+    for name, given, made in (("train", dataset.train, part.train), ("test", dataset.test, part.test)):
         expected = given.images.clone()
         for task, domain in enumerate(STREAM):
             wanted = np.isin(given.labels, [data.class_order[label] for label in data.task_classes(task)])
@@ -178,7 +179,7 @@ def test_batches_come_in_the_domain_of_their_task() -> None:
 
 def test_the_seed_draws_what_is_seen() -> None:
     def images(seed: int) -> torch.Tensor:
-        return stream(tensors(), seed=seed, shuffle=False, task_domains=["grating"] * 3).dataset.train.images
+        return stream(tensors(), seed=seed, shuffle=False, task_domains=["grating"] * 3).series.parts[0].train.images
 
     assert torch.equal(images(1), images(1)) and not torch.equal(images(1), images(2))
 
