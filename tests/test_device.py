@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from backbone.gated_linear import GatedLinear
 from backbone.heads import HEADS
@@ -185,7 +185,7 @@ def test_gradients_of_the_projection_stay_on_the_device() -> None:
 def test_the_rehearsal_sees_what_it_looks_for() -> None:
     with Rehearsal(True) as mode:
         there = torch.empty(3, device=CUDA)
-        with pytest.raises(FakeTensorDeviceMismatchError):
+        with pytest.raises(RuntimeError, match="two.* devices"):  # the error of torch 2.8 has no class of its own
             there + torch.empty(3)
         with pytest.raises(DynamicOutputShapeException):
             there[there > 0]
