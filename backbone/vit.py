@@ -116,8 +116,9 @@ def _create(name: str, image_size: int | None, pretrained: bool = False) -> nn.M
     except (TypeError, AttributeError) as error:  # networks whose size is fixed, or that have no patches
         raise UserError(f"image_size: '{name}' takes images of its own size alone; leave it out.") from error
     if image_size % patch:
+        near = sorted({max(1, image_size // patch) * patch, (image_size // patch + 1) * patch})
         raise UserError(f"image_size: {image_size} is not a multiple of {patch}, the pixels of a patch of '{name}'; choose "
-                        f"{max(1, image_size // patch) * patch} or {(image_size // patch + 1) * patch}.")
+                        f"{' or '.join(map(str, near))}.")
     return vit
 
 
