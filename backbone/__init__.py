@@ -6,17 +6,30 @@ from backbone.class_token import read_class_token_alone
 from backbone.lora import merged_copy
 from backbone.vit import Identity, data_config, load_vit
 from utils.config import Config
+from utils.errors import UserError
 
 
 class FrozenViT(nn.Module):
     """A frozen timm ViT: images `[b, 3, S, S]` in, features `[b, d]` out."""
 
-    def __init__(self, vit: nn.Module, identity: Identity) -> None:
+    def __init__(self, vit: nn.Module, identity: Identity, block: int | None = None, image_size: int | None = None) -> None:
+        """block: after which the features are read, through the last norm, counted from 1; None is the last.
+
+        image_size: S, where `vit` was built for another than it was pretrained with.
+        """
         super().__init__()
         self.vit = vit
         self.identity = identity
         self.width: int = vit.num_features
-        self.image_size, self.mean_std = data_config(vit)
+        pretrained_size, self.mean_std = data_config(vit)
+        self.image_size = image_size or pretrained_size
+        self.early_block = max(1, len(vit.blocks) // 6)
+        if block is not None:
+            if block > len(vit.blocks):
+                raise UserError(f"backbone_block: {block} is more than the {len(vit.blocks)} blocks of '{identity.name}'; "
+                                f"choose at most {len(vit.blocks)}.")
+            vit.blocks = vit.blocks[:block]  # nothing after it is computed, trained or stored
+            self.early_block = min(self.early_block, block)
 
     def read_class_token_alone(self) -> None:
         """From here on nothing but the features is read: the last block leaves out what they do not need."""
@@ -35,12 +48,12 @@ class FrozenViT(nn.Module):
 
     def early_tokens(self, images: Tensor) -> Tensor:
         """Patch tokens `[b, n, d]` after the first sixth of the blocks: what an image looks like rather than what it shows."""
-        block = max(1, len(self.vit.blocks) // 6) - 1
         return self.vit.forward_intermediates(
-            images, indices=[block], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True)[0]
+            images, indices=[self.early_block - 1], norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True)[0]
 
 
 def create_backbone(config: Config, seed: int | None = None) -> FrozenViT:
     """The frozen ViT that `config` names; `seed` (default: the config's first) makes random weights reproducible."""
     return FrozenViT(*load_vit(config.backbone_type, pretrained=config.pretrained, weights=config.backbone_weights,
-                               seed=config.seed[0] if seed is None else seed))
+                               seed=config.seed[0] if seed is None else seed, image_size=config.image_size),
+                     block=config.backbone_block, image_size=config.image_size)

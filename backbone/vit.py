@@ -35,22 +35,24 @@ class Identity:
     parameters: int
 
 
-def load_vit(name: str, *, pretrained: bool, weights: str | None, seed: int) -> tuple[nn.Module, Identity]:
+def load_vit(name: str, *, pretrained: bool, weights: str | None, seed: int, image_size: int | None = None
+             ) -> tuple[nn.Module, Identity]:
     """A frozen timm ViT in evaluation mode, without classifier, and its identity.
 
     weights: a local .safetensors, .pth/.pt/.bin or .npz file, used instead of timm's download. Random weights
-    (`pretrained` false) follow `seed`. Raises UserError for an unknown name, a network whose blocks lack the fused
-    attn.qkv linear, and weights that cannot be had or do not fit.
+    (`pretrained` false) follow `seed`. image_size: pixels of the input, if not those of the pretraining, to which the
+    position embedding is resized. Raises UserError for an unknown name, a size that the network cannot take, a network whose
+    blocks lack the fused attn.qkv linear, and weights that cannot be had or do not fit.
     """
     full_name = _full_name(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, "backbone"))  # torch.manual_seed would reseed CUDA too
-        vit, source = timm.create_model(full_name, pretrained=False, num_classes=0), weights or "random"
+        vit, source = _create(full_name, image_size), weights or "random"
         fused_qkv(vit, name)  # before anything is downloaded
         if weights is not None:
             _load_file(vit, Path(weights), name)
         elif pretrained:
-            vit, source = _download(full_name), "pretrained"
+            vit, source = _download(full_name, image_size), "pretrained"
     vit.requires_grad_(False).eval()
     made = vit.pretrained_cfg  # for timm's old names, such as vit_base_patch16_224_in21k, what they stand for today
     parameters = sum(tensor.numel() for tensor in vit.state_dict().values())
@@ -104,12 +106,28 @@ def _full_name(name: str) -> str:
     return f"{bare}.{tag}" if tag else bare
 
 
-def _download(name: str) -> nn.Module:
+def _create(name: str, image_size: int | None, pretrained: bool = False) -> nn.Module:
+    """timm's model `name`, for inputs of `image_size` pixels if not None; raises UserError for a size that it cannot take."""
+    if image_size is None:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size)
+        patch = vit.patch_embed.patch_size[0]
+    except (TypeError, AttributeError) as error:  # networks whose size is fixed, or that have no patches
+        raise UserError(f"image_size: '{name}' takes images of its own size alone; leave it out.") from error
+    if image_size % patch:
+        near = sorted({max(1, image_size // patch) * patch, (image_size // patch + 1) * patch})
+        raise UserError(f"image_size: {image_size} is not a multiple of {patch}, the pixels of a patch of '{name}'; choose "
+                        f"{' or '.join(map(str, near))}.")
+    return vit
+
+
+def _download(name: str, image_size: int | None) -> nn.Module:
     hub = logging.getLogger("huggingface_hub")  # without a network it would print every one of its retries
     level = hub.level
     hub.setLevel(logging.ERROR)
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0)
+        return _create(name, image_size, pretrained=True)
     except Exception as error:  # timm and the hub raise many kinds: no network, no such file, a damaged cache
         raise UserError(
             f"backbone_type: the pretrained weights of '{name}' are not in the cache and could not be downloaded "

@@ -164,6 +164,12 @@ class BackboneKeys(KeyGroup):
     backbone_weights: FilePath | None = key(
         None, "Local file with the backbone's weights (`.safetensors`, `.pth` or `.npz`), for machines without the hub.",
         unset="the hub or its cache")
+    backbone_block: int | None = key(
+        None, "The block after which the class token is read, through the network's last norm; the later ones are left out.",
+        unset="the last", ge=1)
+    image_size: int | None = key(
+        None, "Pixels of the square input, a multiple of the patches' size; the position embedding is resized to it.",
+        unset="what the backbone was pretrained with", ge=1)
     precision: Literal["fp32", "bf16"] = key(
         "fp32", '`"bf16"` computes in bfloat16 by autocast; what is trained stays in float32.')
     compile: bool = key(False, "Compile the network with torch.compile: slower to start, faster per step.")
