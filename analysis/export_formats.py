@@ -18,6 +18,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save as safetensors_bytes
+from timm.models._hub import save_for_hf  # which timm.models itself has only of late
 from torch import Tensor, nn
 
 from backbone.embedded import with_timm_alone
@@ -64,8 +65,10 @@ class Source:
     @property
     def call(self) -> tuple[str, dict[str, Any]]:
         """The model name and arguments with which timm alone makes the backbone."""
-        named = self.saved.result["backbone"]
+        named, config = self.saved.result["backbone"], self.saved.config
         name, arguments = with_timm_alone(named["name"])
+        chosen = {"img_size": config.image_size, "depth": config.backbone_block}
+        arguments = {**arguments, **{key: value for key, value in chosen.items() if value is not None}}
         return (f"{name}.{named['tag']}" if named["tag"] else name), arguments
 
     def images(self, count: int) -> Tensor:
@@ -89,7 +92,7 @@ def to_timm(source: Source, folder: Path) -> Exported:
     model = timm.create_model(name, pretrained=False, num_classes=source.classes, **arguments)
     model.load_state_dict({**model.state_dict(), **vit.state_dict(), **_classifier(model, *linear)})
     _describe(model, source)
-    timm.models.save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=arguments, safe_serialization=True)
     call = _call(name, num_classes=source.classes, checkpoint_path="model.safetensors", **arguments)
     load = f"import timm\n\nmodel = {call}.eval()\nlogits = model(images)"
     again = timm.create_model(name, num_classes=source.classes, checkpoint_path=str(folder / "model.safetensors"), **arguments)

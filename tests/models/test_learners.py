@@ -15,7 +15,7 @@ import trainer
 from main import main
 from models import LEARNERS, load_network
 from tests.data_files import write_cifar100
-from tests.helpers import ROOT, method_values, test_images
+from tests.helpers import OF_METHOD, ROOT, method_values, test_images
 from tests.tiny_backbone import TINY
 from utils.config import config_from_dict, load_config
 from utils.errors import UserError
@@ -46,7 +46,7 @@ def test_its_config_runs_on_cifar_files(name: str, cifar: Path, tmp_path: Path, 
     short = {"init_epoch": 1, "epochs": 1, "alpha_epochs": 1, "eval_every": 0}
     keys = type(load_config(path)).model_fields
     changes = {**TINY, "data_path": cifar, "filepath": run, "nb_tasks": 2, "batch_size": 10,
-               **{key: value for key, value in short.items() if key in keys}}
+               **{key: value for key, value in short.items() if key in keys}, **OF_METHOD.get(name, {})}
     command = ["--config", str(path), "--device", "cpu", "--seed", "1993"]
     command += [part for key, value in changes.items() for part in ("--set", f"{key}={value}".replace("False", "false"))]
     assert main([*command, "--dry-run"]) == 0
