@@ -34,7 +34,7 @@ def refusal(values: dict) -> str:
         ("shuffle", "true", 'is the text "true"; write true without quotes.'),
         ("init_lr", 0, "is 0; it must be a number above 0."),
         ("init_lr", [0.1], "is [0.1]; it must be a number above 0."),
-        ("dataset", None, "is null; it must be text."),
+        ("dataset", None, "is null; it must be a name, or a list of different names."),
         ("dataset", "", 'is ""; it must be text that is not empty.'),
         ("filepath", "a\0b", 'is "a\\u0000b"; it must be text without control characters.'),
         ("filepath", "a\ud800", 'is "a\\ud800"; it must be text without control characters.'),
