@@ -127,7 +127,8 @@ def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
 
 @pytest.mark.slow
 def test_one_process_writes(alone: Path, together: Path) -> None:
-    assert {path.name for path in alone.iterdir()} == {path.name for path in together.iterdir()}
+    pictures = {"accuracy.png", "gates.png", "growth.png"}  # which a run in this process does not draw
+    assert {path.name for path in alone.iterdir()} | pictures == {path.name for path in together.iterdir()}
     log = (together / "train.log").read_text()
     assert all(log.count(line) == 1 for line in ("Run: ", "Task 0, Epoch 1/1 =>", "Pruning adapter for task 1", "Results: "))
     assert not list(together.glob("*.ckpt"))

@@ -124,6 +124,7 @@ def test_methods_name_their_learning_rates(choice: dict[str, Any], rates: set[st
 
 
 def test_methods_without_optimizer_steps_are_tracked_by_task(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     trainer.run(small_config(tmp_path / "run", model_name="simplecil", nb_tasks=2, trackers=["tensorboard"]))
     scalars, _, _ = read_events(tmp_path / "run")
     assert scalars["task"] == [(1, 0.0), (2, 1.0)] and "beta/adapter_0" not in scalars and "train/loss" not in scalars
@@ -131,6 +132,7 @@ def test_methods_without_optimizer_steps_are_tracked_by_task(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_of_two_processes_one_tracks(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     path = tmp_path / "config_file.json"
     values = small_values(**TWO_TASKS, trackers="tensorboard", device=["cpu", "cpu"], filepath=str(tmp_path / "run"))
     path.write_text(json.dumps(values))
