@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from utils.rng import generator
 from utils.runs.files import write_sealed_json
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = os.environ.get("GCL_LONG_FAULTS") == "1"  # whether tests take their long form
 
 # ---- small learners on the digits: one thread, one epoch, a few tasks
 

@@ -22,8 +22,8 @@ import pytest
 
 from backbone.embedded import EMBEDDED
 from tests.fault_runs import ENVIRONMENT, ROOT, Launcher, Reader, unreadable_files
+from tests.helpers import LONG
 
-LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 SEED = int(os.environ.get("GCL_FAULT_SEED") or (time.time_ns() % 10**9 if LONG else 5))
 KILLS, FULL_DISKS, SECOND_SIGNALS = (50, 20, 12) if LONG else (6, 3, 2)
 DISK_BYTES = 8 << 20

@@ -18,10 +18,9 @@ import pytest
 import trainer
 from main import main
 from models import LEARNERS
-from tests.helpers import PRETRAINED, ROOT, method_values, small_values
+from tests.helpers import LONG, PRETRAINED, ROOT, method_values, small_values
 from tests.tiny_backbone import TINY
 
-LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 long = pytest.mark.skipif(not LONG, reason="part of the long form")
 
 # Runs whose work, taken together, is of every kind. Task 1 is refused where rows are to be fitted again.

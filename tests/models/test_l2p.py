@@ -23,7 +23,7 @@ from backbone.embedded import EMBEDDED
 from backbone.vit import load_vit
 from models import load_network
 from models.l2p import L2P, PromptedViT, PromptPool
-from tests.helpers import PRETRAINED, ROOT, in_float64, learn, learner_of, test_images
+from tests.helpers import LONG, PRETRAINED, ROOT, in_float64, learn, learner_of, test_images
 from tests.tiny_backbone import NAME, TINY, WIDTH
 from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
@@ -212,7 +212,8 @@ def test_what_an_image_gets_depends_on_no_other_image() -> None:
     torch.testing.assert_close(learner.predict(images), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+# In bfloat16 a run takes a minute on a processor without instructions for it.
+@pytest.fixture(scope="module", params=["fp32", "bf16"] if LONG else ["fp32"])
 def run(request, tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp(request.param) / "run"
     return folder, trainer.run(config_of(folder, precision=request.param, init_epoch=2, epochs=2, **PRETRAINED))[0]

@@ -26,11 +26,9 @@ from studies.book import CLAIM, Trial
 from studies.study import Study, load_study
 from studies.study import main as study_command
 from studies.trials import best, known_trials
-from tests.helpers import ROOT, SMALL
+from tests.helpers import LONG, ROOT, SMALL
 from utils.errors import UserError
 from utils.runs.progress import LOGGER
-
-LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 
 # Stands in for main.py: three tasks, whose accuracy is best where init_lr is 0.1; `prefix` says what else it does.
 STAND_IN = """

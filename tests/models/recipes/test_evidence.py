@@ -22,6 +22,7 @@ from backbone.gates import EqualGate
 from models import load_network
 from models.base import BaseLearner
 from tests.helpers import (
+    LONG,
     PRETRAINED,
     Interrupted,
     Watch,
@@ -318,8 +319,9 @@ def test_log_lines_say_what_was_decided(run: trainer.Run) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"head": "cosine"}, {"head": "ridge", "ridge_dim": 48},
-                                     {"head": "aligned", "align_epochs": 1, "align_samples": 16}, {"precision": "bf16"},
-                                     {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002}],
+                                     {"head": "aligned", "align_epochs": 1, "align_samples": 16},
+                                     {"grad_accum": 3, "optimizer": "adamw", "lrate": 0.002, "init_lr": 0.002},
+                                     *([{"precision": "bf16"}] if LONG else [])],  # half a minute on a processor without it
                          ids=lambda changes: next(iter(changes.values())))
 def test_it_works_with_every_head_and_precision(changes: dict) -> None:
     learner = learner_of(config_of(nb_tasks=2, task_domains=["negative", "negative"], **PRETRAINED, **changes))

@@ -21,12 +21,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from main import main
-from tests.helpers import ROOT
+from tests.helpers import LONG, ROOT
 from tests.tiny_backbone import MAIN, TINY
 from utils.config import known_keys
 from utils.data import sets
 
-LONG = os.environ.get("GCL_LONG_FAULTS") == "1"
 CASES, PROCESSES = (2000, 40) if LONG else (200, 4)
 OFFLINE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
 NAME = "mutated_config.json"
