@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.command import status_of
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -91,17 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
-    try:
+    def work() -> None:
         page, written = compare(options.runs, options.output, options.baseline, options.margin, labels_of(options.label),
                                 shlex.join(["python", "-m", "analysis.compare", *arguments]))
         print(page)
         print("Written: " + ", ".join(str(path) for path in written), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+    return status_of(work)
 
 
 def _baseline(methods: Sequence["Method"], name: str | None) -> "Method | None":

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import os
 import secrets
 import shutil
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from analysis.command import status_of
 from utils.errors import UserError
 
 NAMES = ("timm", "peft", "torchscript", "onnx")
@@ -64,19 +64,13 @@ def export(run: Path, output: Path, to: str, task: int | None = None, licence: s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the files and lists them; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    try:
+    def work() -> None:
         print(export(options.run, options.output, options.to, options.task, options.license, options.data_license))
         for path in sorted(options.output.rglob("*")):
             if path.is_file():
                 print(f"  {path.relative_to(options.output).as_posix():40} {path.stat().st_size:>12,} bytes", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 def _check_free(output: Path) -> None:

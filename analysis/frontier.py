@@ -6,7 +6,6 @@
 import argparse
 import io
 import math
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.command import status_of
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -223,17 +223,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
-    try:
+    def work() -> None:
         page, written = draw(options.study, options.output, options.reference,
                              shlex.join(["python", "-m", "analysis.frontier", *arguments]))
         print(page)
         print("Written: " + ", ".join(str(path) for path in written), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+    return status_of(work)
 
 
 def _above(frontier: Frontier, point: Point, reference: str, key: str) -> "Paired | None":

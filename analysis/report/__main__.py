@@ -4,14 +4,13 @@
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from analysis.command import status_of
 from analysis.compare import DEFAULT_BASELINE, labels_of, read_streams
-from utils.errors import UserError
 
 OUTPUT = Path("report.html")
 
@@ -61,16 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page and says where; returns the exit status: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    try:
+    def work() -> None:
         report(options.runs, options.output, options.baseline, options.margin, labels_of(options.label), options.overwrite,
                shlex.join(["python", "-m", "analysis.report", *arguments]))
         print(f"Written: {options.output} ({options.output.stat().st_size / 1e6:.1f} MB)", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

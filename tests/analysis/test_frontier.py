@@ -9,18 +9,13 @@ from scipy import stats
 
 from analysis.frontier import draw, main, read_frontiers, table, verdict
 from studies.study import load_study
-from tests.helpers import SMALL, save, true_record, varied
+from tests.helpers import SMALL, save, varied
 from utils.errors import UserError
 
 SEEDS = (1993, 1994, 1995)
 # variant, its threshold -> adapters at the end and last accuracy of every seed
 DONE = {("gated", 0.3): (2, (60, 61, 63)), ("gated", 0.1): (3, (62, 64, 63)), ("other", 0.1): (3, (61, 60, 60)),
         ("other", 0.4): (1, (50, 50, 51)), ("all", None): (3, (63, 66, 66))}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> dict:
-    return true_record(tmp_path_factory.mktemp("trained") / "tiny")
 
 
 @pytest.fixture

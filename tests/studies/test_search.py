@@ -4,7 +4,6 @@ Runs are a stand-in for main.py whose accuracies follow from the config within m
 """
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -28,7 +27,6 @@ from studies.study import main as study_command
 from studies.trials import best, known_trials
 from tests.helpers import LONG, ROOT, SMALL
 from utils.errors import UserError
-from utils.runs.progress import LOGGER
 
 # Stands in for main.py: three tasks, whose accuracy is best where init_lr is 0.1; `prefix` says what else it does.
 STAND_IN = """
@@ -77,18 +75,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(command, "__file__", str(script))
     monkeypatch.setattr(search_module, "LOOK_SECONDS", 0.1)
     return script
-
-
-@pytest.fixture
-def lines():
-    """What the program logs."""
-    texts = []
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel("INFO")
-    yield texts
-    LOGGER.removeHandler(handler)
 
 
 def write_search(folder: Path, changes: dict | None = None, **keys) -> Path:

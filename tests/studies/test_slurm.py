@@ -5,7 +5,6 @@ Two tests go by submitit's local and debug executors. Runs are a stand-in for ma
 """
 
 import json
-import logging
 import os
 import signal
 import stat
@@ -25,7 +24,6 @@ from studies.study import load_study
 from studies.trials import known_trials
 from tests.helpers import ROOT, SMALL
 from utils.errors import UserError
-from utils.runs.progress import LOGGER
 
 RUN = """
 import hashlib, json, os, signal, sys, time
@@ -140,18 +138,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return script
-
-
-@pytest.fixture
-def lines():
-    """What the program logs."""
-    texts = []
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel("INFO")
-    yield texts
-    LOGGER.removeHandler(handler)
 
 
 def write_study(folder: Path, changes: dict | None = None, **keys) -> Path:

@@ -4,7 +4,6 @@ Most runs here are a stand-in for main.py that writes the record of a run within
 """
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -27,7 +26,6 @@ from utils.config import Config, config_from_dict, load_config
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json, write_sealed_json
 from utils.runs.lock import lock
-from utils.runs.progress import LOGGER
 
 SHIPPED = sorted((ROOT / "exps" / "studies").glob("*.json"))
 
@@ -68,19 +66,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(STAND_IN)
     monkeypatch.setattr(command, "__file__", str(script))
     return script
-
-
-@pytest.fixture
-def lines():
-    """What the program logs."""
-    texts = []
-
-    handler = logging.Handler()
-    handler.emit = lambda record: texts.append(record.getMessage())
-    LOGGER.addHandler(handler)
-    LOGGER.setLevel("INFO")
-    yield texts
-    LOGGER.removeHandler(handler)
 
 
 def write_study(folder: Path, changes: dict | None = None, **keys) -> Path:
