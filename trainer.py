@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ import torch
 
 from backbone import FrozenViT, create_backbone
 from models import LEARNERS
+from models.zero_shot import Reference
 from utils.config import Config, config_warnings, title_of
 from utils.data import load_datasets
 from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
 from utils.errors import UserError
-from utils.results.metrics import ClassCounts, TaskCounts, kept_set, summary, tally_classes, tally_predictions
+from utils.results.calibration import Calibration
+from utils.results.metrics import TaskCounts, ZeroShot, kept_set, summary
 from utils.results.plots import write_pictures
-from utils.results.report import curve_lines, final_table, seeds_table, task_figures
+from utils.results.report import curve_lines, final_table, seeds_table, task_figures, transfer_line
+from utils.results.tally import Counts, Tally
 from utils.rng import global_state, restore_global_state
 from utils.runs import distributed
 from utils.runs import folder as run_folder
@@ -42,6 +45,7 @@ from utils.runs.runtime import (
     reset_peak_memory,
     use_deterministic_algorithms,
     versions,
+    wait_for,
 )
 from utils.runs.signals import Signals, Stopped
 from utils.runs.tracking import Tracking
@@ -146,6 +150,7 @@ class Run:
         self.within_task = False  # the newest checkpoint lies within a task that has begun
         self.task_started = self.checkpoint_written = time.monotonic()
         self.steps = 0
+        self.tested = 0.0  # seconds of the current task that went into `evaluate`
         self.tracking = Tracking([], folder, {})  # in the main process it becomes one with trackers
 
     def finish(self, overwrite: bool = False) -> dict[str, Any]:
@@ -185,7 +190,9 @@ class Run:
 
     def evaluate(self) -> float:
         """Accuracy in percent on the test images of every class seen so far."""
-        counts, _ = self._counts(f"Task {self.learner.task}: evaluation", whole=True)
+        began = time.monotonic()
+        counts = self._counts(f"Task {self.learner.task}: evaluation", whole=True).tasks
+        self.tested += time.monotonic() - began
         return 100 * sum(counts.top1) / sum(counts.images)
 
     def after_step(self) -> None:
@@ -228,6 +235,7 @@ class Run:
         backbone, self.data = build(config, self.seed, self.device)
         kind = LEARNERS[config.model_name]
         self.stream = kind.stream(self.data)
+        self.reference = Reference(backbone, config, self.device) if config.forward_transfer else None
         self.learner = kind(config, self.stream, backbone, self.seed, self)
         self.task_steps = [self.learner.steps_in(task) for task in range(self.stream.nb_tasks)]
         self.progress = Progress(sum(self.task_steps), terminal=None if distributed.is_main() else False)
@@ -262,7 +270,7 @@ class Run:
             return
         self.learner.load_state(state["learner"])
         self.records[:] = json.loads(state["records"])
-        self.within_task, self.steps = state["within_task"], state["steps"]
+        self.within_task, self.steps, self.tested = state["within_task"], state["steps"], state.get("tested", 0.0)
         self.task_started = time.monotonic() - state["seconds"]
         restore_global_state(state["random"])
         place = f"within task {len(self.records)}" if self.within_task else f"after task {len(self.records) - 1}"
@@ -272,7 +280,7 @@ class Run:
         for task in range(len(self.records), self.stream.nb_tasks):
             reset_peak_memory(self.device)
             if not self.within_task:
-                self.task_started = time.monotonic()
+                self.task_started, self.tested = time.monotonic(), 0.0
                 self.learner.begin_task(task)
             self.within_task = True
             trainable = self.learner.trainable_parameters()
@@ -280,7 +288,11 @@ class Run:
             self.progress.skip(self.task_steps[task] - self.learner.steps_done())  # a method may need fewer
             self._checkpoint()
             report = self.learner.end_task()
-            counts, by_class = self._counts(f"Task {task}: evaluation")
+            wait_for(self.device)
+            ended = time.monotonic()
+            counts = self._counts(f"Task {task}: evaluation")
+            evaluated = time.monotonic()
+            before = self._zero_shot(task + 1)
             stored = self.learner.stored_tensors()
             files = on_main(self._save)
             peak, = distributed.largest(peak_memory(self.device))
@@ -289,9 +301,12 @@ class Run:
                 **asdict(report), "trainable_parameters": trainable,
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
-                "seconds": round(time.monotonic() - self.task_started, 3), "peak_memory_bytes": peak,
-                "files": files, "probe": self.learner.probe(), "counts": asdict(counts),
-                "class_counts": asdict(by_class)})
+                "seconds": round(time.monotonic() - self.task_started, 3),
+                "training_seconds": round(ended - self.task_started - self.tested, 3),
+                "evaluation_seconds": round(evaluated - ended, 3), "peak_memory_bytes": peak,
+                "files": files, "probe": self.learner.probe(), "counts": asdict(counts.tasks),
+                "class_counts": asdict(counts.classes), "calibration": asdict(counts.calibration),
+                "zero_shot": before and asdict(before)})
             self.within_task = False
             self.track(task_figures(self.records[-1], self._metrics()))
             self._checkpoint()
@@ -306,23 +321,26 @@ class Run:
         self._write_results(finished=True)
         on_main(self.checkpoints.remove_all)
 
-    def _counts(self, title: str, whole: bool = False) -> tuple[TaskCounts, ClassCounts]:
+    def _counts(self, title: str, whole: bool = False) -> Counts:
         seen = range(self.stream.seen_classes(self.learner.task))
-        tasks = int(self.data.task_of_class[seen[-1]]) + 1
         task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
-        tally = torch.zeros(len(fields(TaskCounts)), tasks, dtype=torch.long, device=self.device)
-        by_class = torch.zeros(len(seen), 1 + tasks, dtype=torch.long, device=self.device)
+        tally = Tally(task_of_class, len(seen), int(self.data.task_of_class[seen[-1]]) + 1)
         self.learner.start_evaluation()
         size = self.config.batch_size
         batches = self.data.eval_batch_count("test", seen, size)
         for number, (images, labels) in enumerate(self.data.eval_batches("test", seen, size, distributed.part())):
             self.work(title, number, batches, whole)
             if len(labels):
-                logits = self.learner.predict(images)
-                tally += tally_predictions(logits, labels, task_of_class, tasks)
-                by_class += tally_classes(logits, labels, task_of_class, tasks)
-        distributed.add_up(tally, by_class)
-        return TaskCounts.of(tally), ClassCounts.of(by_class)  # the only reads of the device
+                tally.add(self.learner.predict(images), labels)
+        distributed.add_up(*tally.sums)
+        return tally.read()  # the only read of the device
+
+    def _zero_shot(self, task: int) -> ZeroShot | None:
+        """How well the network tells the classes of `task` apart, which it has not learned yet, beside the frozen one."""
+        if self.reference is None or task == self.stream.nb_tasks:
+            return None
+        self.learner.start_evaluation()
+        return self.reference.beside(self.learner, task)
 
     def _stop_on(self, received: int) -> None:
         if received:
@@ -339,10 +357,13 @@ class Run:
     def _write_checkpoint(self) -> None:
         self.checkpoints.save({
             "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
-            "seconds": time.monotonic() - self.task_started, "steps": self.steps, "random": global_state()})
+            "seconds": time.monotonic() - self.task_started, "tested": self.tested, "steps": self.steps,
+            "random": global_state()})
 
     def _metrics(self) -> dict[str, Any]:
-        metrics = summary([TaskCounts(**record["counts"]) for record in self.records])
+        metrics = summary([TaskCounts(**record["counts"]) for record in self.records],
+                          [Calibration.of_record(record) for record in self.records],
+                          [ZeroShot.of_record(record) for record in self.records])
         decided = self.records and all(record["kept"] is not None for record in self.records)
         if self.stream.task_domains and decided:
             metrics["kept_set"] = kept_set(
@@ -356,5 +377,6 @@ class Run:
         on_main(write_sealed_json, self.folder / "results.json", self.result)
 
     def _report(self) -> None:
-        for line in [*final_table(self.result).splitlines(), *curve_lines(self.result["metrics"])]:
+        metrics = self.result["metrics"]
+        for line in [*final_table(self.result).splitlines(), *curve_lines(metrics), transfer_line(metrics)]:
             LOGGER.info(line)

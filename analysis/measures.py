@@ -49,6 +49,19 @@ def _seconds(result: Mapping[str, Any]) -> float:
     return sum(entry["seconds"] for entry in result["tasks"])
 
 
+def _training_seconds(result: Mapping[str, Any]) -> float | None:
+    """Without the evaluations; None for a record that is older than this figure."""
+    parts = [entry.get("training_seconds") for entry in result["tasks"]]
+    return None if None in parts else sum(parts)
+
+
+def _image_milliseconds(result: Mapping[str, Any]) -> float | None:
+    """Of the evaluation after the last task."""
+    last = result["tasks"][-1]
+    seconds, images = last.get("evaluation_seconds"), sum(last["counts"]["images"])
+    return None if seconds is None or not images else 1000 * seconds / images
+
+
 def _peak_memory(result: Mapping[str, Any]) -> float:
     return max(entry["peak_memory_bytes"] for entry in result["tasks"]) / MIB
 
@@ -57,11 +70,17 @@ MEASURES = (
     Measure("last_accuracy", "last accuracy (%)", 2, _metric("last_accuracy"), has_margin=True),
     Measure("average_accuracy", "average accuracy (%)", 2, _metric("average_accuracy"), has_margin=True),
     Measure("forgetting", "forgetting (points)", 2, _metric("forgetting"), higher_is_better=False, has_margin=True),
+    Measure("backward_transfer", "backward transfer (points)", 2, _metric("backward_transfer"), has_margin=True,
+            in_page=False),
+    Measure("forward_transfer", "forward transfer (points)", 2, _metric("forward_transfer"), has_margin=True, optional=True),
+    Measure("calibration_error", "calibration error (points)", 2, _metric("calibration_error"), higher_is_better=False),
     Measure("within_task_accuracy", "within-task accuracy (%)", 2, _within_task, has_margin=True),
     Measure("adapters", "adapters kept", 1, _at_the_end("active_adapters"), higher_is_better=False),
     Measure("stored_parameters", "stored parameters", 0, _at_the_end("stored_parameters"), higher_is_better=False),
     Measure("stored_bytes", "stored bytes", 0, _at_the_end("stored_bytes"), higher_is_better=False, in_page=False),
-    Measure("seconds", "seconds", 1, _seconds, higher_is_better=False),
+    Measure("seconds", "seconds", 1, _seconds, higher_is_better=False, in_page=False),
+    Measure("training_seconds", "seconds of training", 1, _training_seconds, higher_is_better=False),
+    Measure("image_milliseconds", "ms per test image", 3, _image_milliseconds, higher_is_better=False),
     Measure("peak_memory_mib", "peak memory (MiB)", 0, _peak_memory, higher_is_better=False, in_page=False),
     *(Measure(f"kept_set_{name}", f"kept set: {heading}", 3, _kept_set(name), optional=True, in_page=name == "f1")
       for name, heading in (("precision", "precision"), ("recall", "recall"), ("f1", "F1"), ("auc", "AUC of the gate"))),

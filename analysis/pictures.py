@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy against stored parameters, growth of the adapters, accuracy per task.
+"""The pictures of a comparison: accuracy against what it costs, growth of the adapters, accuracy per task.
 
 As in `utils/results/plots.py`, figures are objects, without pyplot, and colours can be told apart without colour vision;
 methods differ in marker and line style too. Everything is mean ± sample standard deviation over seeds.
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.measures import MEASURES, values
+from analysis.measures import MEASURES, Measure, values
 from analysis.records import Run, Stream
 from utils.config import title_of
 from utils.results.metrics import mean_std
@@ -25,6 +25,10 @@ from utils.runs.files import write_bytes
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", "-.", ":")
+
+# What accuracy is drawn against: measures, and the names of their axes.
+COSTS = {"stored_bytes": "Stored bytes, backbone left out", "training_seconds": "Seconds of training",
+         "image_milliseconds": "Milliseconds per test image"}
 
 NAME_WIDTH = 44  # letters on a line of a legend
 ROW_WIDTH = 30  # letters on a line beside a heatmap
@@ -39,7 +43,7 @@ def write_pictures(stream: Stream, folder: Path) -> list[tuple[str, str]]:
     """
     written = []
     for name, caption, figure in (
-            ("pareto", "last accuracy against stored parameters", pareto_figure(stream)),
+            ("pareto", "last accuracy against stored bytes, training and evaluation time", pareto_figure(stream)),
             ("growth", "adapters against tasks", growth_figure(stream)),
             ("accuracy_per_task", "accuracy per task after the last one", heatmap_figure(stream))):
         if figure is not None:
@@ -52,15 +56,26 @@ def write_pictures(stream: Stream, folder: Path) -> list[tuple[str, str]]:
 
 
 def pareto_figure(stream: Stream) -> Figure:
-    """Last accuracy against stored parameters: a point per method with its deviations, and the step through those points
-    that no other beats in both."""
-    accuracy, stored = (next(m for m in MEASURES if m.key == key) for key in ("last_accuracy", "stored_parameters"))
-    shown = [(index, method, list(values(method, stored).values()), list(values(method, accuracy).values()))
-             for index, method in enumerate(stream.methods) if values(method, accuracy) and values(method, stored)]
-    figure, axes = _canvas("Last accuracy against stored parameters", stream, [method.name for _, method, *_ in shown])
+    """Last accuracy against each of `COSTS` that any method has: a point per method with its deviations, and the step through
+    those points that no other beats in both."""
+    of_key = {measure.key: measure for measure in MEASURES}
+    costs = {of_key[key]: label for key, label in COSTS.items() if any(values(m, of_key[key]) for m in stream.methods)}
+    names = [method.name for method in stream.methods]
+    figure, panels = _canvas("Last accuracy against what it costs", stream, names, panels=len(costs))
+    for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+        _pareto_panel(axes, stream, of_key["last_accuracy"], cost, label)
+    panels[0].set_ylabel("Accuracy on all classes after the last task (%)")
+    _legend(figure)
+    return figure
+
+
+def _pareto_panel(axes: Axes, stream: Stream, accuracy: Measure, cost: Measure, label: str) -> None:
     points = []
-    for index, method, sizes, scores in shown:
-        (x, x_sd), (y, y_sd) = mean_std(sizes), mean_std(scores)
+    for index, method in enumerate(stream.methods):
+        costs, scores = list(values(method, cost).values()), list(values(method, accuracy).values())
+        if not costs or not scores:
+            continue
+        (x, x_sd), (y, y_sd) = mean_std(costs), mean_std(scores)
         points.append((x, y))
         axes.errorbar([x], [y], xerr=[x_sd or 0.0], yerr=[y_sd or 0.0], fmt="none", ecolor=_color(index), elinewidth=1,
                       capsize=2.5)
@@ -69,19 +84,16 @@ def pareto_figure(stream: Stream) -> Figure:
     front = sorted(points[index] for index in non_dominated(points))
     if len(front) > 1:
         axes.step(*zip(*front, strict=True), where="post", color=GRAY, linewidth=1, zorder=0,
-                  label="best for its size (means)")
-    sizes = [x for x, _ in points]
-    if sizes and min(sizes) > 0 and max(sizes) > 8 * min(sizes):
+                  label="best for its cost (means)")
+    spent = [x for x, _ in points]
+    if spent and min(spent) > 0 and max(spent) > 8 * min(spent):
         axes.set_xscale("log")
-    axes.set(xlabel=f"Stored parameters, backbone left out{' (logarithmic)' if axes.get_xscale() == 'log' else ''}",
-             ylabel="Accuracy on all classes after the last task (%)")
+    axes.set_xlabel(f"{label}{' (logarithmic)' if axes.get_xscale() == 'log' else ''}")
     axes.grid(alpha=0.3)
-    _legend(figure)
-    return figure
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (size, accuracy) points that no other beats in one of the two without losing in the other."""
+    """Indices of the (cost, accuracy) points that no other beats in one of the two without losing in the other."""
     return [index for index, (x, y) in enumerate(points)
             if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)]
 
@@ -97,7 +109,7 @@ def growth_figure(stream: Stream) -> Figure | None:
     if not shown:
         return None
     truth = known_growth(stream)
-    figure, axes = _canvas("Adapters kept", stream, [method.name for _, method, _ in shown], extra=2)
+    figure, (axes,) = _canvas("Adapters kept", stream, [method.name for _, method, _ in shown], extra=2)
     seen = np.arange(1, stream.tasks + 1)
     for place, (index, method, curves) in enumerate(shown):
         mean = curves.mean(axis=0)
@@ -183,21 +195,22 @@ def _mean_row(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return np.mean(whole, axis=0) if whole else np.array(rows[0])
 
 
-def _canvas(title: str, stream: Stream, names: Sequence[str], extra: int = 1) -> tuple[Figure, Axes]:
-    """A figure with room below for a legend of these names and `extra` more entries."""
+def _canvas(title: str, stream: Stream, names: Sequence[str], extra: int = 1, panels: int = 1
+            ) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` with one vertical axis, and room below for a legend of these names and `extra` more entries."""
     columns = _columns(names)
     lines = sum(1 + _wrapped(name).count("\n") for name in names) + extra
-    figure = Figure(figsize=(8.0, 4.6 + 0.22 * -(-lines // columns)), layout="constrained")
+    figure = Figure(figsize=(8.0 if panels == 1 else 4.6 * panels, 4.6 + 0.22 * -(-lines // columns)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
-    axes = figure.add_subplot()
-    axes.set_title(f"{title}\n", fontsize=13)
+    axes = list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
     first = next(iter(stream.methods[0].runs.values()))
     fewest, most = (pick(len(method.runs) for method in stream.methods) for pick in (min, max))
     sample = f"mean ± deviation over {most if fewest == most else f'{fewest} to {most}'} seeds"
     if len({seed for method in stream.methods for seed in method.runs}) == 1:
         sample = f"seed {first.draw}"
-    axes.text(0.5, 1.02, f"{title_of(first.result['config']['dataset'])}, {stream.tasks} tasks, {sample}",
-              transform=axes.transAxes, ha="center", fontsize=9, color=GRAY)
+    figure.suptitle(title, fontsize=13)
+    axes[len(axes) // 2].set_title(f"{title_of(first.result['config']['dataset'])}, {stream.tasks} tasks, {sample}",
+                                   fontsize=9, color=GRAY)
     return figure, axes
 
 
@@ -207,9 +220,9 @@ def _columns(names: Sequence[str]) -> int:
 
 
 def _legend(figure: Figure) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = _columns([line for label in labels for line in label.split("\n")])
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    entries = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = _columns([line for label in entries for line in label.split("\n")])
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _wrapped(name: str, width: int = NAME_WIDTH) -> str:

@@ -31,7 +31,7 @@ _NEEDED = ("finished", "config", "seed", "hardware", "backbone", "class_order_sh
 # Keys of the config that say how images are read, not which.
 _NOT_THE_STREAM = frozenset({"nb_tasks", "bad_images", "normalize", "order_seed"})
 _STREAM_KEYS = tuple(key for key in DataKeys.model_fields if key not in _NOT_THE_STREAM)
-_NOT_THE_METHOD = NOT_COMPARED | {"seed", "order_seed", "nb_tasks", *_STREAM_KEYS}
+_NOT_THE_METHOD = NOT_COMPARED | {"seed", "order_seed", "nb_tasks", "forward_transfer", *_STREAM_KEYS}
 
 
 class Draw(NamedTuple):

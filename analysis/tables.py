@@ -20,7 +20,13 @@ READING = """## How to read this
 - Figures are mean ± sample standard deviation over seeds; `-` stands for a figure that a method does not have. Last accuracy
   is on the test images of all classes after the last task, average accuracy the mean of that after every task. Within-task
   accuracy is after the last task with the task told, so that its own classes alone compete. Adapters, stored parameters and
-  bytes are those after the last task, without the frozen backbone; seconds are the sum over the tasks.
+  bytes are those after the last task, without the frozen backbone; seconds are the sum over the tasks, those of training
+  without the evaluations. Milliseconds per test image are those of the evaluation after the last task, reading the images
+  included.
+- Backward transfer is the mean over old tasks of accuracy at the end minus accuracy when learned. Calibration error is the
+  expected one (15 bins, temperature 1, all seen classes) after the last task. Forward transfer, of runs with the key
+  `forward_transfer`, is the mean over tasks of the accuracy of nearest class means before the task is learned, with the
+  features of the network minus with those of the frozen one.
 - Peak memory is what PyTorch allocated on a CUDA device, but on the CPU the most that was resident since the process started,
   whatever it ran before. Seconds and peak memory can be compared on one machine only.
 - Differences are method minus baseline on the same seeds, hence the same class orders and test images. The interval, the t

@@ -5,6 +5,8 @@
 - `step`: the project's own training step with `adapters` old adapters: learner, adapter bank, gate, head, meter and fused
   optimizer as `main.py` makes them, on one batch that is given again and again (reading and augmenting it is
   `benchmarks.run`'s business); then the evaluation of an image, likewise.
+  With a `model_name` it is that method, which has learned `adapters` tasks before, for as short as can be, and the image is
+  evaluated once the task is settled. A method that makes no steps in such a task has no seconds per step.
 - `loop`, `stacked`: the same step, the projection replaced by one of `benchmarks/references.py`.
 - `floor`: the plain timm ViT's forward and backward with nothing to train but its input; then its plain forward.
 - `backbone`: the same of the project's frozen ViT, whose last block may be shorter (`backbone/class_token.py`).
@@ -22,7 +24,8 @@ floor in the process, and before evaluation.
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +37,11 @@ from backbone.routing import Moments
 from backbone.vit import data_config, load_vit
 from benchmarks.common import GENERATED, Clock, generated_dataset, register
 from benchmarks.references import loop_layers, stacked_layers
+from models import LEARNERS, BaseLearner
 from models.sdlora import SDLoRA
 from trainer import Quiet, build
-from utils.config import Config, config_from_dict
+from utils.config import Config, command_line_changes, config_from_dict
+from utils.config.components import chosen, config_class
 from utils.rng import generator
 from utils.runs.runtime import peak_memory, pick_device
 
@@ -45,7 +50,10 @@ REFERENCES = {"loop": loop_layers, "stacked": stacked_layers}
 
 
 class Case(NamedTuple):
-    """What is measured. kind: "step", "loop", "stacked", "floor" or "backbone"; adapters: old ones, beside the current one."""
+    """What is measured. kind: "step", "loop", "stacked", "floor" or "backbone"; adapters: old ones, beside the current one.
+
+    model_name: a method in place of the named one with adapters that nobody has trained; overrides: `KEY=VALUE` of its config.
+    """
 
     kind: str
     adapters: int
@@ -59,6 +67,8 @@ class Case(NamedTuple):
     compile: bool
     steps: int
     warmup: int
+    model_name: str | None = None
+    overrides: Sequence[str] = ()
 
 
 class Stopwatch(Quiet):
@@ -91,9 +101,9 @@ class Stopwatch(Quiet):
             self.pace_spans.append((first, self.clock.mark()))
         self._began = self.clock.mark()
 
-    def median(self) -> float:
-        """Seconds between two calls."""
-        return statistics.median(self._seconds(self.spans))
+    def median(self) -> float | None:
+        """Seconds between two calls; None without any."""
+        return statistics.median(self._seconds(self.spans)) if self.spans else None
 
     def over_pace(self) -> float | None:
         """The median quotient of a span and the run of the pace right before it; None without a pace."""
@@ -132,15 +142,24 @@ class Plain:
 
 
 def config_of(case: Case) -> Config:
-    """The case as a config of the trainer: random weights, all adapters kept, learning rates that move next to nothing."""
-    return config_from_dict({
+    """The case as a config of the trainer: random weights, all adapters kept, learning rates that move next to nothing.
+
+    Of a `model_name` everything else is at its default. Raises UserError.
+    """
+    values = {
         "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": case.backbone, "pretrained": False,
         "device": [case.device], "rank": case.rank, "gate": case.gate, "growth_rule": "none",
         **({"inference": case.inference, "gate_prior": "none"} if case.inference == "routed" else {}),
         "batch_size": case.batch, "precision": case.precision,
         # a reference makes new layers in every step, which would be compiled every time
         "compile": case.compile and case.kind not in REFERENCES, "init_epoch": 1, "epochs": 1,
-        "init_lr": 1e-5, "lrate": 1e-5, "eval_every": 0})
+        "init_lr": 1e-5, "lrate": 1e-5, "eval_every": 0}
+    if case.model_name is not None:
+        given = {key: value for key, (value, _) in command_line_changes(list(case.overrides)).items()}
+        given = {"model_name": case.model_name, **given}
+        known = config_class(chosen({**values, **given})).model_fields
+        values = {**{key: value for key, value in values.items() if key in known}, **given}
+    return config_from_dict(values)
 
 
 def learner_with(config: Config, adapters: int, device: torch.device) -> SDLoRA:
@@ -152,6 +171,21 @@ def learner_with(config: Config, adapters: int, device: torch.device) -> SDLoRA:
         add_trained(learner, task, config.rank)
         found_key(learner, task)
     learner.begin_task(adapters)
+    return learner
+
+
+def learner_after(config: Config, tasks: int, device: torch.device) -> BaseLearner:
+    """The config's learner at the start of a task, after `tasks` that it has really learned, a few images of each; those of a
+    stream that it learns at once are a single one."""
+    register(generated_dataset(CLASSES * (tasks + 1), train=2, test=1, size=32))
+    backbone, data = build(config, config.seed[0], device)
+    kind = LEARNERS[config.model_name]
+    learner = kind(config, kind.stream(data), backbone, config.seed[0], Quiet())
+    for task in range(learner.data.nb_tasks - 1):
+        learner.begin_task(task)
+        learner.train()
+        learner.end_task()
+    learner.begin_task(learner.data.nb_tasks - 1)
     return learner
 
 
@@ -192,13 +226,14 @@ def use_reference(learner: SDLoRA, layers: Callable[..., list[torch.nn.Module]])
     bank.train_step = train_step
 
 
-def train_on(learner: SDLoRA, session: Any, images: Tensor, labels: Tensor, steps: int) -> None:
-    """`steps` steps of the learner's own training loop on one batch."""
-    def batches(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((images, labels) for _ in range(steps))
-
-    learner.data.train_batches, learner.session = batches, session
+def train_on(learner: BaseLearner, session: Any, images: Tensor, labels: Tensor, steps: int) -> None:
+    """`steps` steps of the learner's own training loop on one batch, in the first phase that its task has."""
+    supply, data = repeat((images, labels), steps), learner.data
+    data.train_batches, data.images_in_batch = lambda *_, **__: supply, lambda *_: len(images)
+    own, learner.session = learner.session, session
     learner.train()
+    learner.session = own
+    del data.train_batches, data.images_in_batch  # the methods are there again
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -221,6 +256,8 @@ def measure(case: Case) -> dict[str, Any]:
 
     watch = Stopwatch(device, case.warmup, ready)
     train(watch)
+    if not peaks:  # no step was made
+        ready()
     result = {**case._asdict(), "step_seconds": watch.median(), "step_over_floor": watch.over_pace(), "peak_bytes": peaks[0],
               **more}
     if predict is not None:
@@ -234,17 +271,19 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable | None, dict[str, Any]]:
-    learner = learner_with(config, case.adapters, device)
+    learner = (learner_after if case.model_name else learner_with)(config, case.adapters, device)
     if case.kind in REFERENCES:
         use_reference(learner, REFERENCES[case.kind])
     images, labels = _batch(case, learner.data.image_size, device)
-    labels = labels + learner.data.task_classes(case.adapters).start
+    labels = labels + learner.data.task_classes(learner.task).start
 
     def predict() -> None:
         learner.predict(images)
 
     def train(watch: Stopwatch) -> None:
         train_on(learner, watch, images, labels, case.warmup + case.steps)
+        if case.model_name:
+            learner.end_task()
         learner.start_evaluation()
 
     return train, predict if case.kind == "step" else None, {}

@@ -1,6 +1,7 @@
 """Seconds and memory of one training step and one evaluated image against the number of old adapters.
 
-`python -m benchmarks.step` prints a table for 0 to 100 old adapters and writes JSON beside it. What a case is and how its
+`python -m benchmarks.step` prints a table for 0 to 100 old adapters and writes JSON beside it; with `--model_name` that of any
+method, after tasks that it has learned. What a case is and how its
 memory is counted: `benchmarks/case.py`; definitions and the commands behind the project's figures: docs/BENCHMARKS.md.
 Every case runs in a process of its own, the cases of a repeat one after the other, so that a change in the machine's speed
 meets them all; what is printed are medians over the repeats.
@@ -17,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOOP_LIMIT = 20  # the loop keeps about half a gigabyte per adapter at batch 16; beyond, it is not run
 SKIPPED = "skipped: memory"
+# Of a `benchmarks.case.Case` what all cases of a command have in common, in its order.
+SAME = ("backbone", "batch", "rank", "gate", "inference", "device", "compile", "steps", "warmup", "model_name", "overrides")
 CaseId = tuple[str, int, str]  # kind, old adapters, precision
 
 
@@ -28,7 +31,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="one or both; with both, how much faster bf16 is is printed too")
     parser.add_argument("--backbone", default="vit_base_patch16_224", help="timm name; weights are random")
     parser.add_argument("--batch", type=int, default=16, help="images per step")
-    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 5, 10, 20, 50, 100], help="numbers of old adapters")
+    parser.add_argument("--model_name", metavar="NAME",
+                        help="a method of models.LEARNERS; without it the adapters of sdlora, given rather than trained")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                        help="with --model_name: another value than the default of a key of its config; repeatable")
+    parser.add_argument("--adapters", type=int, nargs="+",
+                        help="numbers of old adapters (default: 0 1 5 10 20 50 100), of a method's old tasks (default: 0 9)")
     parser.add_argument("--rank", type=int, default=10, help="rank of every adapter")
     parser.add_argument("--gate", default="gumbel_softmax",
                         choices=["gumbel_softmax", "gumbel_sparsemax", "sparsemax", "none"],
@@ -39,12 +47,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps per process")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those; the peak of memory is that of these")
     parser.add_argument("--repeats", type=int, default=3, help="processes per case")
-    parser.add_argument("--references", nargs="*", default=["loop", "stacked"], choices=["loop", "stacked"],
-                        help="what to compare with besides the floor; none if empty")
+    parser.add_argument("--references", nargs="*", choices=["loop", "stacked"],
+                        help="what to compare with besides the floor (default: both); none if empty or with --model_name")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "benchmarks" / "step.json", help="where the JSON goes")
     options = parser.parse_args(arguments)
     if options.warmup < 1 or options.steps < 1:
         parser.error("--warmup and --steps take a number of at least 1")
+    if options.model_name and options.references:
+        parser.error("--references are those of sdlora's adapters; leave them out or leave out --model_name")
+    if options.overrides and not options.model_name:
+        parser.error("--set changes the config of a method; name it by --model_name")
+    if options.adapters is None:
+        options.adapters = [0, 9] if options.model_name else [0, 1, 5, 10, 20, 50, 100]
+    if options.references is None:
+        options.references = [] if options.model_name else ["loop", "stacked"]
     return options
 
 
@@ -64,8 +80,7 @@ def keys_of(options: argparse.Namespace) -> list[CaseId]:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every case `repeats` times, each in a process of its own; a case that fails is kept with its error."""
-    names = ("backbone", "batch", "rank", "gate", "inference", "device", "compile", "steps", "warmup")
-    same = {name: getattr(options, name) for name in names}
+    same = {name: getattr(options, name) for name in SAME}
     keys, results = keys_of(options), []
     for repeat in range(options.repeats):
         for number, (kind, adapters, precision) in enumerate(keys, 1):
@@ -103,13 +118,14 @@ def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dic
 def _row(found: dict[CaseId, dict[str, float]], options: argparse.Namespace, precision: str, adapters: int) -> dict[str, Any]:
     step, base = ("step", adapters, precision), ("step", 0, precision)
     floor, backbone = ("floor", 0, precision), ("backbone", 0, precision)
-    row = {"precision": precision, "adapters": adapters}
+    row = {"precision": precision, "tasks" if options.model_name else "adapters": adapters}
     row |= {name: found.get(step, {}).get(name) for name in ("step_seconds", "image_seconds", "peak_bytes")}
     paced = "step_over_floor" in found.get(step, {})  # then each process has measured its own quotient
     row["step_over_floor"] = found[step]["step_over_floor"] if paced else _ratio(found, "step_seconds", step, floor)
     row["step_over_backbone"] = _ratio(found, "step_over_floor" if paced else "step_seconds", step, backbone)
     row["memory_over_none"] = _ratio(found, "peak_bytes", step, base)
-    row["evaluation_over_timm"] = found[step]["image_over_floor"] if paced else _ratio(found, "image_seconds", step, floor)
+    own = found.get(step, {}).get("image_over_floor")
+    row["evaluation_over_timm"] = own or _ratio(found, "image_seconds", step, floor)
     for kind in options.references:
         other = (kind, adapters, "fp32" if kind == "loop" else precision)
         missing = SKIPPED if kind == "loop" and adapters > LOOP_LIMIT else None
@@ -128,7 +144,8 @@ def _ratio(found: dict[CaseId, dict[str, float]], name: str, over: CaseId, under
     return values[0] / values[1] if all(values) else None
 
 
-TITLES = {"precision": "precision", "adapters": "old adapters", "step_seconds": "s/step", "step_over_floor": "step / floor",
+TITLES = {"precision": "precision", "adapters": "old adapters", "tasks": "old tasks",
+          "step_seconds": "s/step", "step_over_floor": "step / floor",
           "step_over_backbone": "step / backbone",
           "loop_over_step": "loop / step", "stacked_over_step": "stacked / step", "peak_bytes": "peak GiB",
           "memory_over_none": "peak / at 0", "memory_over_loop": "peak / loop's", "memory_over_stacked": "peak / stacked's",
@@ -153,9 +170,25 @@ def shown(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _mistake(options: argparse.Namespace) -> str | None:
+    """Why the cases of a named method cannot be measured, before a process is started for each."""
+    from benchmarks.case import Case, config_of
+    from utils.config.components import UnknownName
+    from utils.errors import UserError
+
+    try:
+        config_of(Case("step", 0, options.precision[0], *(getattr(options, name) for name in SAME)))
+    except (UserError, UnknownName) as error:
+        return str(error)
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Measures, prints and writes; 1 if a case failed."""
+    """Measures, prints and writes; 1 if a case failed, 2 for a method or key that there is not."""
     options = parse(arguments)
+    if options.model_name and (sentence := _mistake(options)):
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     results = measure(options)
     summary = summarize(results, options)
     from benchmarks.common import record_of, write_record  # loads torch, which a process that only waits does not need

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from benchmarks.common import Clock
 from trainer import Run
 from utils.config import Config
-from utils.results.metrics import TaskCounts
+from utils.results.tally import Counts
 
 PARTS = ("data", "forward and backward", "optimizer", "evaluation", "saving")
 
@@ -84,7 +84,7 @@ class TimedRun(Run):
         self.spans["optimizer"].append((self._update_begins, now))
         self.steps_of.setdefault(self.learner.task, []).append((self._batch_at_hand, now))
 
-    def _counts(self, title: str, whole: bool = False) -> TaskCounts:
+    def _counts(self, title: str, whole: bool = False) -> Counts:
         return self._span("evaluation", super()._counts, title, whole)
 
     def _write_results(self, finished: bool = False) -> None:

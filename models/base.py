@@ -116,6 +116,11 @@ class BaseLearner(Component, ABC):
     def predict(self, images: Tensor) -> Tensor:
         """Logits `[b, classes seen]` for images `[b, 3, S, S]`."""
 
+    def represent(self, images: Tensor) -> Tensor:
+        """Features `[b, k]` that `predict` reads, after `start_evaluation`: by the network that is evaluated, whatever it
+        chooses for an image."""
+        return self.embed(images)
+
     @abstractmethod
     def modules(self) -> list[nn.Module]:
         """What is stored for the method besides the frozen backbone."""

@@ -135,6 +135,9 @@ class SDLoRA(GradientLearner):
     def start_evaluation(self) -> None:
         self.recipe.merge()
 
+    def represent(self, images: Tensor) -> Tensor:
+        return self.recipe.represent(images)
+
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         return self.recipe.predict(images)

@@ -273,6 +273,9 @@ class GradientLearner(BaseLearner):
         self.head.absorb(sums, self.task, self.work)
         return TaskReport()
 
+    def represent(self, images: Tensor) -> Tensor:
+        return self.features(images)
+
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))

@@ -22,7 +22,7 @@ from models import BaseLearner
 from models.recipes import GATES
 from models.training import Meter
 from tests.helpers import Watch, grown, learn, learner_of, tiny_config
-from utils.results.metrics import TaskCounts, tally_classes, tally_predictions
+from utils.results.tally import Tally
 from utils.runs.progress import Progress
 
 CUDA = torch.device("cuda")
@@ -93,13 +93,11 @@ def evaluated(learner: BaseLearner, waits: int = 0) -> None:
     seen = range(learner.data.seen_classes(learner.task))
     tasks = int(learner.data.task_of_class[seen[-1]]) + 1
     task_of_class = torch.as_tensor(learner.data.task_of_class).to(CUDA)
-    tally = torch.zeros(len(TaskCounts.__dataclass_fields__), tasks, dtype=torch.long, device=CUDA)
+    tally = Tally(task_of_class, len(seen), tasks)
     learner.start_evaluation()
     before = learner.session.mode.reads
     for images, labels in learner.data.eval_batches("test", seen, 150):
-        logits = learner.predict(images)
-        tally += tally_predictions(logits, labels, task_of_class, tasks)
-        tally_classes(logits, labels, task_of_class, tasks)
+        tally.add(learner.predict(images), labels)
         before += waits
     assert learner.session.mode.reads == before
 
@@ -166,8 +164,8 @@ _CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_eve
 def test_a_task_on_a_device_that_is_not_there(changes: dict, answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = learner_of(tiny_config(batch_size=150, **changes))
     task = min(1, learner.data.nb_tasks - 1)  # joint training has a single one
-    if hasattr(learner, "recipe") and task:
-        grown(learner, range(1))
+    if task:
+        (grown if hasattr(learner, "recipe") else learn)(learner, range(task))
     orders = [learner.data._shuffled(task, epoch) for epoch in range(4)]
     monkeypatch.setattr(learner.data, "_shuffled", lambda task, epoch: orders[epoch])  # drawn on the host, with values
     hold_still(monkeypatch)

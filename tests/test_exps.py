@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import main as command
+from models import LEARNERS
 from studies.study import load_study
 from tests.data_files import write_cifar100, write_class_folders, write_domainnet
 from tests.helpers import ROOT
@@ -174,8 +175,9 @@ def test_study_variants_are_called_as_everywhere(path):
     for run in load_study(path).runs():
         if not run.variant:  # a trial of a search
             continue
-        if run.variant in ("finetune_head", "simplecil", "joint", "litelora"):
-            assert run.config.model_name == run.variant
+        others = [name for name in LEARNERS if name not in VARIANTS and f"{run.variant}_".startswith(f"{name}_")]
+        if others:
+            assert [run.config.model_name] == others, run.variant
             continue
         name = max((name for name in VARIANTS if run.variant == name or run.variant.startswith(name + "_")), key=len)
         assert (run.config.model_name, run.config.gate) == ("sdlora", VARIANTS[name]), run.variant
@@ -290,3 +292,36 @@ def test_the_documented_readers_of_a_run_work_on_the_quick_start(tmp_path, monke
     for program in programs:
         exec(compile(program, str(PAGE), "exec"), {})
     assert capsys.readouterr().out == "torch.Size([8, 10])\n"
+
+
+BASELINES = [path for path in STUDIES if path.stem.startswith("baselines_") and "tune" not in path.stem]
+RATES = ("init_lr", "lrate")
+
+
+def settings_of(config) -> dict:
+    """What a run of a baselines study computes, but for its rates, its seed and the place of what it writes."""
+    return {key: value for key, value in config.model_dump().items() if key not in (*RATES, "seed", "filepath", "prefix")}
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baselines_study_has_every_method_on_one_budget(path):
+    runs = load_study(path).runs()
+    assert {run.config.model_name for run in runs} == set(LEARNERS)
+    assert {run.seed for run in runs} == {1994, 1995, 1996, 1997, 1998} and len({run.name for run in runs}) * 5 == len(runs)
+    epochs = {getattr(run.config, key) for run in runs for key in ("init_epoch", "epochs") if hasattr(run.config, key)}
+    assert len(epochs) == 1 and {run.config.batch_size for run in runs} == {32}
+    assert {run.config.backbone_type for run in runs} == {"vit_glyph_tiny_patch8_32"}
+
+
+def test_every_method_of_the_baselines_has_three_rates_to_choose_from():
+    tuned = {}
+    for run in load_study(EXPS / "studies" / "baselines_tune_digits.json").runs():
+        method, _, rate = run.name.rpartition("_lr")
+        assert run.seed == 1993 and {getattr(run.config, key) for key in RATES if hasattr(run.config, key)} == {float(rate)}
+        tuned.setdefault(method, {})[float(rate)] = settings_of(run.config)
+    methods = {run.name: run.config for run in load_study(EXPS / "studies" / "baselines_digits.json").runs()}
+    assert tuned.keys() == {name for name, config in methods.items() if hasattr(config, "init_lr")}
+    for name, settings in tuned.items():
+        low, middle, high = sorted(settings)
+        assert (middle, high) == pytest.approx((4 * low, 16 * low)), name
+        assert methods[name].init_lr in settings and settings[low] == settings[high] == settings_of(methods[name]), name

@@ -22,6 +22,7 @@ from models.sdlora import SDLoRA
 from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_values, tiny_config
 from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
+from utils.results.calibration import Calibration
 from utils.results.metrics import ClassCounts, TaskCounts, count_predictions, summary, tally_classes
 from utils.runs.progress import LOGGER
 
@@ -111,12 +112,17 @@ def test_rebuilt_networks_have_the_accuracies_that_were_recorded(run: Path) -> N
     for task in range(3):
         network = load_network(run, task)
         counts, by_class = TaskCounts.zeros(task + 1), torch.zeros(2 * task + 2, task + 2, dtype=torch.long)
+        confidence = 0.0
         for images, labels in learner.data.eval_batches("test", range(2 * task + 2), 32):
             logits = network(images)
             counts += count_predictions(logits, labels, learner.data.task_of_class, task + 1)
             by_class += tally_classes(logits, labels, torch.as_tensor(learner.data.task_of_class), task + 1)
+            confidence += logits.softmax(1).amax(1).double().sum().item()
         assert counts == TaskCounts(**record["tasks"][task]["counts"])
         assert ClassCounts.of(by_class) == ClassCounts(**record["tasks"][task]["class_counts"])
+        calibration = Calibration(**record["tasks"][task]["calibration"])
+        assert sum(calibration.images) == sum(counts.images) and sum(calibration.right) == sum(counts.top1)
+        assert sum(calibration.confidence) == pytest.approx(confidence)
 
 
 def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
@@ -126,10 +132,14 @@ def test_results_hold_what_is_needed_to_repeat_the_run(run: Path) -> None:
     assert record["class_order_sha256"] == hashlib.sha256(json.dumps(record["class_order"]).encode()).hexdigest()
     assert re.fullmatch("[0-9a-f]{64}", record["backbone"]["sha256"]) and record["versions"]["torch"] == torch.__version__
     assert record["split_sha256"] == json.loads((run / "split.json").read_text())["sha256"]
-    assert record["metrics"] == summary([TaskCounts(**task["counts"]) for task in record["tasks"]])
+    assert record["metrics"] == summary([TaskCounts(**task["counts"]) for task in record["tasks"]],
+                                        [Calibration(**task["calibration"]) for task in record["tasks"]])
     first = record["tasks"][0]
     assert first["trainable_parameters"] == BLOCKS * 2 * (2 * 4 * WIDTH + 1) + 1 + 2 * (WIDTH + 1)
     assert all(task["seconds"] > 0 and task["peak_memory_bytes"] > 0 for task in record["tasks"])
+    for task in record["tasks"]:
+        assert task["training_seconds"] > 0 < task["evaluation_seconds"] and task["zero_shot"] is None
+        assert task["training_seconds"] + task["evaluation_seconds"] <= task["seconds"] + 0.002  # each is rounded
 
 
 def test_log_lines_are_those_of_the_contract(run: Path) -> None:
@@ -147,6 +157,7 @@ def test_log_lines_are_those_of_the_contract(run: Path) -> None:
         rf"CNN top1 curve: \[{number}\d?, {number}\d?, {number}\d?\]\n",
         rf"Average Accuracy \(CNN\): {number}\d\n",
         rf"Forgetting \(CNN\): -?{number}\d\n",
+        rf"Backward Transfer \(CNN\): -?{number}\d, Calibration Error \(CNN\): {number}\d\n",
     ):
         assert re.search(pattern, text), pattern
     assert text.count("[Gumbel CL-LoRA]") == 1

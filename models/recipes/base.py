@@ -114,9 +114,13 @@ class Recipe(Component):
         """Merges the current task's network."""
         self.learner.bank.merge()
 
+    def represent(self, images: Tensor) -> Tensor:
+        """Features `[b, d]` that `predict` reads."""
+        return self.learner.embed(images)
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits `[b, classes seen]`."""
-        return self.learner.head(self.learner.embed(images))
+        return self.learner.head(self.represent(images))
 
     # ---- log
 

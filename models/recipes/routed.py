@@ -176,13 +176,20 @@ class Routed(GumbelSparsemax):
         else:  # the key of the task that is being learned
             bank.merge()
 
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of the images and their features, each under its key."""
+        learner = self.learner
+        return routed_features(images, learner.backbone, learner.bank, self.router, self._use, learner.embed)
+
+    def represent(self, images: Tensor) -> Tensor:
+        return self._look(images)[1]
+
     def predict(self, images: Tensor) -> Tensor:
-        learner, router = self.learner, self.router
-        keys, features = routed_features(images, learner.backbone, learner.bank, router, self._use, learner.embed)
-        logits = learner.head(features)
+        keys, features = self._look(images)
+        logits = self.learner.head(features)
         if not self.config.route_classes:
             return logits
-        return among_classes(logits, keys, router.tasks, self.route, learner.data.task_sizes)
+        return among_classes(logits, keys, self.router.tasks, self.route, self.learner.data.task_sizes)
 
     # ---- what is stored
 

@@ -43,14 +43,39 @@ def test_a_true_record_is_read_with_all_its_measures(trained):
     assert read["adapters"] == result["tasks"][-1]["active_adapters"] and read["stored_bytes"] == 4 * read["stored_parameters"]
     assert read["seconds"] == sum(task["seconds"] for task in result["tasks"]) > 0
     assert read["peak_memory_mib"] * 2**20 == max(task["peak_memory_bytes"] for task in result["tasks"])
-    assert {key for key, value in read.items() if value is None} == {f"kept_set_{name}"
-                                                                     for name in ("precision", "recall", "f1", "auc")}
+    assert read["backward_transfer"] == -result["metrics"]["forgetting"]  # there is a single old task
+    assert read["calibration_error"] == result["metrics"]["calibration_error_curve"][-1] > 0
+    assert 0 < read["training_seconds"] < read["seconds"]
+    last = result["tasks"][-1]
+    assert read["image_milliseconds"] * sum(last["counts"]["images"]) == pytest.approx(1000 * last["evaluation_seconds"])
+    assert {key for key, value in read.items() if value is None} == {
+        "forward_transfer", *(f"kept_set_{name}" for name in ("precision", "recall", "f1", "auc"))}
+
+
+def test_a_record_without_the_younger_figures_is_read_without_them(base, tmp_path):
+    old = varied(base)
+    for entry in old["tasks"]:
+        for name in ("calibration", "zero_shot", "training_seconds", "evaluation_seconds"):
+            del entry[name]
+    for name in ("forward_transfer", "calibration_error", "calibration_error_curve"):
+        del old["metrics"][name]
+    del old["config"]["forward_transfer"]
+    save(tmp_path / "old", old)
+    save(tmp_path / "young", varied(base, 1))
+    (stream,) = streams(tmp_path)
+    method, = stream.methods  # a key that changes no result makes no other method
+    read = {measure.key: measure.read(old) for measure in MEASURES}
+    assert read["backward_transfer"] == -20 and read["seconds"] == 6
+    assert all(read[key] is None for key in ("calibration_error", "training_seconds", "image_milliseconds"))
+    page, written = compare([tmp_path], tmp_path / "out")
+    row, = (line for line in page.splitlines() if line.startswith("| old ") or line.startswith("| young "))
+    assert "(n = 1)" in row and "forward transfer (points)" not in page
 
 
 def test_methods_are_runs_that_differ_in_the_seed_alone(runs, base, tmp_path):
     assert methods(runs) == [("gated", list(SEEDS)), ("sdlora", list(SEEDS))]
     # The machine, the folder and what is asked for in vain do not make another method.
-    save(runs / "elsewhere", varied(base, 7, device=["0"], filepath="x", num_workers=3, prefix="y"))
+    save(runs / "elsewhere", varied(base, 7, device=["0"], filepath="x", num_workers=3, prefix="y", forward_transfer=True))
     assert methods(runs)[0] == ("elsewhere", [7, *SEEDS])
 
 
@@ -235,11 +260,12 @@ def test_missing_figures_are_dashes_and_left_out_of_pairs(runs, base, tmp_path):
     for seed in SEEDS:
         record = varied(base, seed, last=90, model_name="joint")
         record["tasks"] = [{**record["tasks"][-1], "task": 0, "active_adapters": 1}]
-        record["metrics"] = {**record["metrics"], "average_accuracy": None, "forgetting": None}
+        record["metrics"] = {**record["metrics"], "average_accuracy": None, "forgetting": None, "backward_transfer": None,
+                             "calibration_error": 12.5}
         save(runs / "joint", record)
     page, _ = compare([runs], tmp_path / "out")
     cells = [cell.strip() for cell in next(line for line in page.splitlines() if line.startswith("| joint")).split("|")]
-    assert cells[1:7] == ["joint", "5", "90.00 ± 0.00", "-", "-", "100.00 ± 0.00"]
+    assert cells[1:9] == ["joint", "5", "90.00 ± 0.00", "-", "-", "-", "12.50 ± 0.00", "100.00 ± 0.00"]
     compared = {row["measure"] for row in lines(tmp_path / "out" / "differences.csv") if row["method"] == "joint"}
     assert {"last_accuracy", "stored_parameters"} <= compared and not {"average_accuracy", "forgetting"} & compared
     assert "no seed with this figure in common" in page

@@ -22,12 +22,31 @@ def test_non_dominated_points():
     assert non_dominated([]) == []
 
 
-def test_pareto_shows_means_deviations_and_the_front(runs):
-    axes = pareto_figure(streams(runs)[0]).axes[0]
-    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")}
-    assert points == {"gated": [[1000, 64]], "sdlora": [[3000, pytest.approx(60.4)]]}  # sdlora is worse in both: no front
-    bar = axes.containers[0].lines[2][1].get_segments()[0]
+def test_pareto_shows_means_deviations_and_the_front(runs, base):
+    save(runs / "fast", varied(base, last=50, parameters=9000, seconds=1.0, rank=1))
+    by_bytes, by_training, by_image = pareto_figure(streams(runs)[0]).axes
+    score = pytest.approx(60.4)
+    assert points_of(by_bytes) == {"fast": [[36000, 50]], "gated": [[4000, 64]], "sdlora": [[12000, score]]}  # one beats all
+    # Three tasks: 0.75 of their seconds is training, 0.25 the evaluation, the last one of 300 images.
+    best = [[2.25, 50], [4.5, 64]]
+    assert points_of(by_training) == {"fast": [best[0]], "gated": [best[1]], "sdlora": [[4.5, score]],
+                                      "best for its cost (means)": best}
+    assert points_of(by_image)["fast"] == [[pytest.approx(1000 / 1200), 50]]
+    bar = by_bytes.containers[1].lines[2][1].get_segments()[0]
     assert bar[:, 1] == pytest.approx([64 - 2.5**0.5, 64 + 2.5**0.5])
+
+
+def test_pareto_leaves_out_what_no_record_has(base, tmp_path):
+    old = varied(base)
+    for entry in old["tasks"]:
+        del entry["training_seconds"], entry["evaluation_seconds"]
+    save(tmp_path / "old", old)
+    (axes,) = pareto_figure(streams(tmp_path)[0]).axes
+    assert points_of(axes) == {"old": [[4000, 60]]} and axes.get_xlabel() == "Stored bytes, backbone left out"
+
+
+def points_of(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")}
 
 
 def test_growth_shows_the_mean_with_its_band_and_the_right_answer(runs, base):

@@ -10,7 +10,9 @@ from torch import Tensor
 from backbone.embedded import EMBEDDED
 from benchmarks import case, run, step, stream
 from benchmarks.references import loop_layers, stacked_layers
-from tests.helpers import in_float64
+from models import LEARNERS
+from tests.helpers import OF_METHOD, in_float64
+from tests.tiny_backbone import NAME
 from trainer import Quiet
 from utils.rng import generator
 
@@ -61,6 +63,33 @@ def test_a_case_measures_time_and_memory(kind: str) -> None:
     assert (result["step_over_floor"] is None) == (kind in ("floor", "loop"))
     if kind in ("step", "backbone"):
         assert result["step_over_floor"] > 0 and result["image_over_floor"] > 0
+
+
+@pytest.mark.parametrize("old", [0, 1])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_case_measures_any_method(name: str, old: int) -> None:
+    """After tasks that it has learned. Who makes no steps has none to time, but evaluates."""
+    given = [f"{key}={value}" for key, value in OF_METHOD.get(name, {}).items() if key not in ("init_lr", "lrate")]
+    measured = case.Case("step", old, **{**SMALL, "backbone": NAME}, model_name=name, overrides=given)
+    learner = case.learner_after(case.config_of(measured), old, torch.device("cpu"))
+    assert learner.task in (old, 0) and learner.config.model_name == name
+    result = case.measure(measured)
+    assert result["image_seconds"] > 0 and result["image_over_floor"] > 0 and result["peak_bytes"] >= 0
+    if learner.steps_in(learner.task):
+        assert result["step_seconds"] > 0 and result["step_over_floor"] > 0
+    else:
+        assert result["step_seconds"] is result["step_over_floor"] is None
+
+
+def test_steps_are_taken_on_the_batch_and_then_the_data_are_the_stream_s_again() -> None:
+    learner = case.learner_after(case.config_of(case.Case("step", 1, **{**SMALL, "backbone": NAME}, model_name="l2p")), 1,
+                                 torch.device("cpu"))
+    images, seen = torch.rand(2, 3, 16, 16, generator=generator(0, "x")), []
+    own = learner.loss
+    learner.loss = lambda x, y: seen.append(x) or own(x, y)
+    case.train_on(learner, Quiet(), images, torch.tensor([10, 12]), 3)
+    assert len(seen) == 3 and all(torch.equal(x, images) for x in seen)
+    assert learner.data.images_in_batch(1, 0, 16) == 16 and len(next(learner.data.train_batches(1, 0, 16))[1]) == 16
 
 
 def test_a_stopwatch_sets_every_span_against_the_pace_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +156,28 @@ def test_quotients_measured_side_by_side_are_preferred_to_those_of_seconds() -> 
     assert row["step_over_floor"] == 1.2 and row["step_over_backbone"] == pytest.approx(1.5)
     assert row["stacked_over_step"] == pytest.approx(1.5) and row["evaluation_over_timm"] == 1.5
     assert row["loop_over_step"] == pytest.approx(2), "the loop leaves no memory for a floor beside it"
+
+
+def test_a_method_without_steps_has_none_in_the_table() -> None:
+    options = step.parse(["--model_name", "simplecil"])
+    assert options.adapters == [0, 9] and ("backbone", 0, "fp32") in step.keys_of(options) and len(step.keys_of(options)) == 4
+    cases = [fake("floor", 0, 1.0), fake("backbone", 0, 0.9)]
+    cases += [{**fake("step", old, 1.0), "step_seconds": None, "step_over_floor": None, "image_over_floor": 0.9 + old}
+              for old in (0, 9)]
+    summary = step.summarize(cases, options)
+    assert [row["tasks"] for row in summary["rows"]] == [0, 9] and summary["rows"][1]["evaluation_over_timm"] == 9.9
+    assert summary["rows"][0]["step_seconds"] is summary["rows"][0]["step_over_floor"] is None
+    assert "old tasks" in step.shown(summary) and "old adapters" not in step.shown(summary)
+
+
+def test_methods_and_keys_that_there_are_not_are_refused(capsys) -> None:
+    assert step.main(["--model_name", "l3p"]) == 2
+    assert "error: 'model_name' is \"l3p\"" in capsys.readouterr().err
+    assert step.main(["--model_name", "l2p", "--set", "pool=3"]) == 2
+    assert "'pool'" in capsys.readouterr().err
+    for arguments in (["--set", "pool_size=3"], ["--model_name", "l2p", "--references", "loop"]):
+        with pytest.raises(SystemExit):
+            step.parse(arguments)
 
 
 def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:

@@ -8,13 +8,15 @@ same numbers as one pass over all images.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from utils.results.calibration import Calibration
 
 Matrix = list[list[float | None]]
 
@@ -73,6 +75,24 @@ class ClassCounts:
         return cls([row[0] for row in rows], [row[1:] for row in rows])
 
 
+@dataclass(frozen=True)
+class ZeroShot:
+    """Counts of the test images of a task that is not learned yet, told apart by the nearest mean of its own classes.
+
+    `images`: how many. `learned`, `frozen`: right ones by the features of the network as it is before the task, and by those
+    of the frozen network as it was pretrained.
+    """
+
+    images: int
+    learned: int
+    frozen: int
+
+    @classmethod
+    def of_record(cls, entry: Mapping[str, Any]) -> "ZeroShot | None":
+        """From a task's record; None where it was not asked for, or no task is to come."""
+        return cls(**entry["zero_shot"]) if entry.get("zero_shot") else None
+
+
 def count_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor | np.ndarray,
                       tasks: int) -> TaskCounts:
     """Counts one batch: `tally_predictions`, read at once."""
@@ -113,7 +133,7 @@ def tally_classes(logits: Tensor, labels: Tensor, task_of_class: Tensor, tasks: 
     without its column 0 adds up to the images of the class. Arguments and ties as in `tally_predictions`.
     """
     seen = logits.shape[1]
-    right = ~_ahead(logits, labels).any(1)
+    right = is_first(logits, labels)
     predicted = task_of_class[:seen][logits.argmax(1), None] == torch.arange(tasks, device=logits.device)  # [n, tasks]
     tally = torch.zeros(seen, 1 + tasks, dtype=torch.long, device=logits.device)
     return tally.index_add_(0, labels, torch.cat([right[:, None], predicted], 1).long())
@@ -192,12 +212,27 @@ def backward_transfer(matrix: Matrix) -> float | None:
                   for task, last in enumerate(matrix[-1][:-1])])
 
 
-def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
-    """Every metric as plain Python values, ready for JSON: percent, points for forgetting and transfer.
+def forward_transfer(before: Sequence[ZeroShot | None]) -> float | None:
+    """Mean over tasks `1..T-1` of the accuracy on a task that is still to be learned, minus a reference, in points.
 
-    `counts[t]` are the counts after task `t`; there must be at least one.
+    Lopez-Paz & Ranzato (2017) have `R[k-1][k]` minus that of a random start. A head has no rows for the classes of task `k`
+    before it is learned, so both are here those of the nearest class mean (cosine of features to the means of the training
+    images of task `k`, its own classes competing): `R[k-1][k]` with the features of the network after task `k - 1`, the
+    reference with those of the frozen network. Positive when what was learned before makes features better for what comes;
+    0 for a method that never changes them. `before[k - 1]`: counted after task `k - 1`. None where nothing was.
+    """
+    return _mean([_percent(entry.learned - entry.frozen, entry.images) for entry in before if entry is not None])
+
+
+def summary(counts: Sequence[TaskCounts], calibrations: Sequence[Calibration | None] = (),
+            before: Sequence[ZeroShot | None] = ()) -> dict[str, Any]:
+    """Every metric as plain Python values, ready for JSON: percent, points for forgetting, transfer and calibration error.
+
+    `counts[t]` are the counts after task `t`; there must be at least one. `calibrations[t]`, `before[t]`: likewise, None or
+    left out where a run has none; the metrics of them are then None.
     """
     matrix = accuracy_matrix(counts)
+    errors = [None if entry is None else entry.error() for entry in calibrations] or [None] * len(counts)
     return {
         "accuracy_matrix": matrix,
         "top1_curve": curve(counts),
@@ -206,6 +241,9 @@ def summary(counts: Sequence[TaskCounts]) -> dict[str, Any]:
         "average_accuracy": average_accuracy(counts),
         "forgetting": forgetting(matrix),
         "backward_transfer": backward_transfer(matrix),
+        "forward_transfer": forward_transfer(before),
+        "calibration_error": errors[-1],
+        "calibration_error_curve": errors,
         "accuracy_when_learned": accuracy_when_learned(matrix),
         "within_task_curve": curve(counts, "within"),
         "within_task_error_curve": within_task_error_curve(counts),
@@ -235,6 +273,11 @@ def kept_set(truth: Sequence[bool], kept: Sequence[bool], weights: Sequence[floa
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (divisor `n - 1`), the latter None for a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def is_first(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the true class is first of all, bool `[n]`; arguments and ties as in `tally_predictions`."""
+    return ~_ahead(logits, labels).any(1)
 
 
 def _ahead(logits: Tensor, labels: Tensor) -> Tensor:

@@ -70,13 +70,22 @@ def curve_lines(metrics: Mapping[str, Any]) -> list[str]:
             f"Forgetting (CNN): {_number(metrics['forgetting'], 2)}"]
 
 
+def transfer_line(metrics: Mapping[str, Any]) -> str:
+    """Transfer and calibration at the end of a run, on one line, from `metrics.summary`; what was not measured is left out."""
+    shown = {"Backward Transfer (CNN)": "backward_transfer", "Forward Transfer": "forward_transfer",
+             "Calibration Error (CNN)": "calibration_error"}
+    known = {name: metrics.get(key) for name, key in shown.items()}
+    return ", ".join(f"{name}: {value:.2f}" for name, value in known.items() if value is not None)
+
+
 def task_figures(entry: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, float]:
     """What trackers get after a task, by name: from its record and the metrics up to it. What the method has not is left
     out."""
     kept = entry["kept"]
     figures = {
         "task": entry["task"], "accuracy/last": metrics["last_accuracy"], "accuracy/average": metrics["average_accuracy"],
-        "accuracy/forgetting": metrics["forgetting"],
+        "accuracy/forgetting": metrics["forgetting"], "accuracy/backward_transfer": metrics["backward_transfer"],
+        "accuracy/forward_transfer": metrics["forward_transfer"], "accuracy/calibration_error": metrics["calibration_error"],
         **{f"accuracy/task_{task}": value for task, value in enumerate(metrics["accuracy_matrix"][-1])},
         "adapters/kept": entry["active_adapters"], "adapters/newest_kept": None if kept is None else int(kept),
         "adapters/evicted": len(entry["evicted"]),
@@ -85,7 +94,8 @@ def task_figures(entry: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[s
         **{f"growth/{name}": value for name, value in entry["numbers"].items()},
         "size/trainable_parameters": entry["trainable_parameters"], "size/stored_parameters": entry["stored_parameters"],
         "size/stored_bytes": entry["stored_bytes"], "size/peak_memory_bytes": entry["peak_memory_bytes"],
-        "seconds/task": entry["seconds"]}
+        "seconds/task": entry["seconds"], "seconds/training": entry["training_seconds"],
+        "seconds/evaluation": entry["evaluation_seconds"]}
     return {name: value for name, value in figures.items() if value is not None}
 
 

@@ -91,6 +91,12 @@ def code_version() -> dict[str, Any]:
     return {"commit": text.removesuffix("-dirty"), "dirty": text.endswith("-dirty")}
 
 
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, so that a clock that is read then tells what it took."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak on CUDA; on the CPU the operating system only keeps the peak of the whole process."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from utils.results.metrics import (
     ClassCounts,
     TaskCounts,
+    ZeroShot,
     accuracy_matrix,
     accuracy_when_learned,
     average_accuracy,
@@ -19,6 +20,7 @@ from utils.results.metrics import (
     count_predictions,
     curve,
     forgetting,
+    forward_transfer,
     mean_std,
     summary,
     tally_classes,
@@ -200,6 +202,14 @@ def test_a_task_without_test_images_is_left_out() -> None:
 def test_the_counts_of_a_task_cover_the_tasks_seen() -> None:
     with pytest.raises(ValueError, match="after task 1 cover 1 tasks"):
         accuracy_matrix([right([1], [1]), right([1], [1])])
+
+
+def test_forward_transfer_is_the_mean_gain_over_the_frozen_network() -> None:
+    # Task 1: 15 of 20 right beside 12; task 2: 4 of 10 beside 5. After the last task none is to come.
+    before = [ZeroShot(20, 15, 12), ZeroShot(10, 4, 5), None]
+    assert forward_transfer(before) == (15.0 - 10.0) / 2
+    assert summary(WORKED, before=before)["forward_transfer"] == 2.5
+    assert forward_transfer([None]) is None and summary(WORKED)["forward_transfer"] is None
 
 
 def test_the_summary_is_strict_json() -> None:

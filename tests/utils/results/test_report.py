@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from utils.results.metrics import TaskCounts, summary
-from utils.results.report import curve_lines, final_table, format_array, growth_lines, seeds_table
+from utils.results.report import curve_lines, final_table, format_array, growth_lines, seeds_table, transfer_line
 
 BETA = [0.15, 0.32, 0.48, 0.05]
 
@@ -59,6 +59,14 @@ def test_curve_lines() -> None:
     metrics = {"top1_curve": [98.7, 95.1234, 93.0251], "average_accuracy": 95.6162, "forgetting": 2.305001}
     assert curve_lines(metrics) == [
         "CNN top1 curve: [98.7, 95.12, 93.03]", "Average Accuracy (CNN): 95.62", "Forgetting (CNN): 2.31"]
+
+
+def test_transfer_line_tells_what_was_measured() -> None:
+    metrics = {"backward_transfer": -2.305001, "forward_transfer": None, "calibration_error": 5.4321}
+    assert transfer_line(metrics) == "Backward Transfer (CNN): -2.31, Calibration Error (CNN): 5.43"
+    assert transfer_line({**metrics, "forward_transfer": 1.0}) == (
+        "Backward Transfer (CNN): -2.31, Forward Transfer: 1.00, Calibration Error (CNN): 5.43")
+    assert transfer_line({"backward_transfer": 0.0}) == "Backward Transfer (CNN): 0.00"  # of an older record
 
 
 def test_final_table_of_five_tasks_shows_every_task() -> None:

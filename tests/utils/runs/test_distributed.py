@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 # 215 and 216 training images: batches of 43 never divide evenly, and one image is left for the second task's last batch.
 # The second adapter is dropped by the held-out loss, so the head is fitted again, three times.
 TWO_TASKS = {**SMALL, "nb_tasks": 2, "epochs": 2, "batch_size": 43, "growth_rule": "val_loss", "val_fraction": 0.25,
-             "growth_margin": 10, "refit_epochs": 1, "lambda_sparsity": 0.05}
+             "growth_margin": 10, "refit_epochs": 1, "lambda_sparsity": 0.05, "forward_transfer": True}
 LOSSES = re.compile(r"(Task \d, Epoch \d/\d) => Loss ([\d.]+)(?: \(clf=([\d.]+), sparse=([\d.]+)\))?")
 
 # main.py in which process 1, at its third step, does what its environment says.
@@ -123,6 +123,12 @@ def test_every_test_image_is_counted_once(alone: Path, together: Path) -> None:
         assert two["counts"]["images"] == one["counts"]["images"]
         for name, hits in one["counts"].items():  # an image on the border of two classes may fall to either side
             assert two["counts"][name] == pytest.approx(hits, abs=1), name
+        assert sum(two["calibration"]["images"]) == sum(one["counts"]["images"])
+        assert sum(two["calibration"]["confidence"]) == pytest.approx(sum(one["calibration"]["confidence"]), abs=0.01)
+        assert sum(two["calibration"]["right"]) == sum(two["counts"]["top1"])
+    one, two = (result_of(folder)["tasks"][0]["zero_shot"] for folder in (alone, together))
+    assert two["images"] == one["images"] > 0 and two["learned"] == pytest.approx(one["learned"], abs=1)
+    assert two["frozen"] == one["frozen"]
 
 
 @pytest.mark.slow
