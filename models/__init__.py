@@ -6,6 +6,7 @@ from backbone.heads import HEADS
 from models.aper import APER
 from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
+from models.cl_lora import CLLoRA
 from models.ease import EASE
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
@@ -32,6 +33,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "slca": SLCA,
     "ease": EASE,
     "inflora": InfLoRA,
+    "cl_lora": CLLoRA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)
