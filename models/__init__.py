@@ -17,6 +17,7 @@ from models.litelora import LiteLoRA
 from models.ranpac import RanPAC
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
+from models.sema import SEMA
 from models.simplecil import SimpleCIL
 from models.slca import SLCA
 from utils import config
@@ -34,6 +35,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "ease": EASE,
     "inflora": InfLoRA,
     "cl_lora": CLLoRA,
+    "sema": SEMA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

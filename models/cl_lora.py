@@ -8,9 +8,9 @@ classes are told apart by proxy rows (backbone/heads/proxy.py). Inference: class
 f_i being the features with the adapters of task i, and P_c the mean of f_i over the class when i was learned.
 
 A step of a later task is two steps of one optimizer. The first is early-exit distillation, `lambda H(p', p)`: H cross-entropy,
-p and p' the softmax at temperature T of the proxy rows' logits for what the shared blocks give, with A as it is and as the last
-task left it; the gradient of every row of A is multiplied by that row's norm in the last task's A, over the mean of the norms
-(gradient reassignment). The second is of cross-entropy + `lambda_o mean_i |cos(mu, mu_i)|` over the earlier tasks i.
+p and p' the softmax at temperature T of the proxy rows' logits for what the shared blocks give, with A as it is and as the
+last task left it; the gradient of every row of A is multiplied by that row's norm in the last task's A, over the mean of the
+norms (gradient reassignment). The second is of cross-entropy + `lambda_o mean_i |cos(mu, mu_i)|` over the earlier tasks i.
 
 As in the official code, JiangpengHe/CL-LoRA at df4e74e; docs/BASELINES.md says where the text and the code differ, and what of
 the code is not done. The shared blocks are computed once for all tasks' features.

@@ -123,6 +123,7 @@ def test_loss_and_gradients_of_every_task() -> None:
         for name, grad in gradients(learner).items():
             torch.testing.assert_close(grad, parts[name].grad, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
             assert grad.abs().max() > 1e-7
+        learner._optimizer.zero_grad()
         old_mu.append(learner.bank.new_mu.detach().clone())
         learner.end_task()
 
