@@ -96,9 +96,9 @@ class Cell(nn.Module):
             return F.linear(inner, up[0], up_bias[0])
         weights = F.linear(mean_token(x), self._all("router"), self._all("router_bias")).softmax(1)  # [b, K]
         spread = weights.repeat_interleave(up.shape[2], 1)  # (32, 2) -> (32, 32)
-        shape = (len(x), *[1] * (x.ndim - 2), -1)
-        return (F.linear(inner * spread.view(shape), up.movedim(0, 1).flatten(1))  # (32, 197, 32) @ (32, 768)
-                + F.linear(weights, up_bias.T).view(shape))
+        ones = [1] * (x.ndim - 2)
+        return (F.linear(inner * spread.view(-1, *ones, spread.shape[1]), up.movedim(0, 1).flatten(1))  # @ (32, 768)
+                + F.linear(weights, up_bias.T).view(-1, *ones, x.shape[-1]))
 
     def error(self, means: Tensor) -> Tensor:
         """Mean squared error `[b]` of the current descriptor for mean tokens `[b, d]`."""
