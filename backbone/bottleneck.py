@@ -10,7 +10,7 @@ Shapes: L blocks, N tokens, d width, r bottleneck, n stored adapters.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class BottleneckBank(nn.Module):
             self.register_parameter(f"new_{field}", None)
         self._dropping: tuple[Tensor, int] | None = None  # key of the step, and number of its first image here
         for number, block in enumerate(blocks):
-            _Site(self, number).attach(block)
+            Site(self, number).attach(block)
 
     def __len__(self) -> int:
         return len(self.down)
@@ -151,10 +151,18 @@ class BottleneckBank(nn.Module):
         self.choose(last if last >= 0 else None)
 
 
-class _Site:
+class Bank(Protocol):
+    """What a site asks: `added` to the output of a block for its x', unless `chosen` is None."""
+
+    chosen: object
+
+    def added(self, x: Tensor, block: int) -> Tensor: ...
+
+
+class Site:
     """Where one block meets the bank: keeps the x' that goes into the MLP's part, and adds to what comes out of the block."""
 
-    def __init__(self, bank: BottleneckBank, number: int) -> None:
+    def __init__(self, bank: Bank, number: int) -> None:
         self.bank, self.number = bank, number
         self.x: Tensor | None = None
 

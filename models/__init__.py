@@ -6,6 +6,7 @@ from backbone.heads import HEADS
 from models.aper import APER
 from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
+from models.cl_lora import CLLoRA
 from models.ease import EASE
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
@@ -16,6 +17,7 @@ from models.litelora import LiteLoRA
 from models.ranpac import RanPAC
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
+from models.sema import SEMA
 from models.simplecil import SimpleCIL
 from models.slca import SLCA
 from utils import config
@@ -32,6 +34,8 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "slca": SLCA,
     "ease": EASE,
     "inflora": InfLoRA,
+    "cl_lora": CLLoRA,
+    "sema": SEMA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

@@ -165,10 +165,12 @@ class BaseLearner(Component, ABC):
 
     # ---- shared by all
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Features `[b, d]` in the backbone's precision; it runs under autocast with `precision` bf16."""
+    def embed(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
+        """Features `[b, d]` in the backbone's precision; it runs under autocast with `precision` bf16.
+
+        network: what takes the place of the whole backbone."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            features = self._features(images)
+            features = (network or self._features)(images)
         return features.to(next(self.backbone.parameters()).dtype)
 
     def trainable_parameters(self) -> int:

@@ -13,10 +13,10 @@ Every image needs a forward per task. What is not known is a function of what is
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbone.heads.linear import Features, Pause
-from backbone.heads.proxy import ProxyHead, class_means, class_sums
+from backbone.heads.proxy import TaskMeansHead, class_means, class_sums
 from models.adapted import BottleneckKeys, BottleneckLearner, saved_network
 from models.artifacts import SavedNetwork, SavedRun
 from models.optimisation import LaterTaskKeys, OptimisationKeys
@@ -37,7 +37,7 @@ def complete(known: list[Tensor], sizes: list[int]) -> Tensor:
     return means
 
 
-class SubspaceHead(ProxyHead):
+class SubspaceHead(TaskMeansHead):
     """Cosines in every subspace, features of all of them side by side `[b, tasks d]` in; while a task is trained its classes
     answer with the cosines of their proxy rows, of the newest features.
 
@@ -50,13 +50,7 @@ class SubspaceHead(ProxyHead):
     def __init__(self, width: int, config: Config, seed: int, alpha: float) -> None:
         super().__init__(width, config, seed)
         self.alpha = alpha
-        self.known = nn.ParameterList()
         self.readout = torch.zeros(0, 0)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Classes of each task."""
-        return [len(part) for part in self.known]
 
     def collect(self, features: Features, classes: int) -> list[Tensor]:
         """Sums `[c, tasks d]` and numbers `[c]` of the images of each class."""
@@ -64,11 +58,11 @@ class SubspaceHead(ProxyHead):
 
     @torch.no_grad()
     def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
-        self._know([*self.known, class_means(sums).unflatten(1, (-1, self.width)).to(self.weight)])
+        self.know([*self.known, class_means(sums).unflatten(1, (-1, self.width)).to(self.weight)])
 
     @torch.no_grad()
-    def _know(self, known: list[Tensor]) -> None:
-        self.known = nn.ParameterList(nn.Parameter(part.detach(), requires_grad=False) for part in known)
+    def know(self, known: list[Tensor]) -> None:
+        super().know(known)
         tasks = len(known)
         self.readout = self.weight.new_zeros(0, tasks * self.width)
         if tasks:
@@ -84,21 +78,6 @@ class SubspaceHead(ProxyHead):
         if self.training_rows:
             logits = torch.cat([logits, parts[:, -1] @ F.normalize(self.new_weight).T], 1)
         return logits
-
-    # ---- what is stored
-
-    def snapshot(self) -> dict:
-        return {**super().snapshot(), "known": [part.detach() for part in self.known]}
-
-    def restore(self, state: dict) -> None:
-        super().restore(state)
-        self._know([part.to(self.weight) for part in state["known"]])
-
-    def to_file(self) -> dict[str, Tensor]:
-        return {f"means_{task}": part.detach().float() for task, part in enumerate(self.known)}
-
-    def from_file(self, tensors: dict[str, Tensor]) -> None:
-        self._know([tensors[f"means_{task}"] for task in range(len(tensors))])
 
 
 class EASE(BottleneckLearner):

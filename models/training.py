@@ -212,15 +212,8 @@ class GradientLearner(BaseLearner):
                 clf, sparse, correct = self.backward(images, labels, extra, total)
                 if self._process != (0, 1):
                     distributed.add_up_gradients(self._trained(), clf, correct)
-                finite = meter.watch(step, clf + sparse, self._gradients(), self.gate_weights())
-                if self.config.max_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(self._trained(), self.config.max_grad_norm)
-                if self.config.nan_policy == "skip" and not finite:
-                    self._skip(meter)
-                else:
+                if self.take_step(clf + sparse):
                     meter.add(clf, sparse, correct, total)
-                    optimizer.step()
-                optimizer.zero_grad()
                 step += 1
                 self._position = Position(epoch, batch + 1, step, meter)
                 self._show(title)
@@ -229,6 +222,21 @@ class GradientLearner(BaseLearner):
             if not self.wants_step(step):
                 break
         distributed.copy_from_main(self._trained())  # processors of different kinds may differ in the last bit
+
+    def take_step(self, loss: Tensor) -> bool:
+        """Moves what is trained by the gradients that are there and clears them; False where `nan_policy` leaves that out.
+        `loss`: what they are of."""
+        config, (_, _, step, meter) = self.config, self._position
+        finite = meter.watch(step, loss, self._gradients(), self.gate_weights())
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self._trained(), config.max_grad_norm)
+        taken = config.nan_policy != "skip" or bool(finite)
+        if taken:
+            self._optimizer.step()
+        else:
+            self._skip(meter)
+        self._optimizer.zero_grad()
+        return taken
 
     def backward(self, images: Tensor, labels: Tensor, extra: Tensor | None, total: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of one optimizer step, in `grad_accum` parts; mean cross-entropy, extra term, correct predictions.

@@ -4,6 +4,7 @@ Shapes: d width, b batch, c classes of the current task, classes: of all tasks s
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,39 @@ class ProxyHead(GrowingHead):
 
     def current_logits(self, features: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(features), F.normalize(self.new_weight))
+
+
+class TaskMeansHead(ProxyHead):
+    """Then class means, task by task. known: for every finished task one tensor, whose rows are its classes."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.known = nn.ParameterList()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Classes of each task."""
+        return [len(part) for part in self.known]
+
+    @torch.no_grad()
+    def know(self, known: list[Tensor]) -> None:
+        """Puts means in place of those that are there."""
+        self.known = nn.ParameterList(nn.Parameter(part.detach(), requires_grad=False) for part in known)
+
+    # ---- what is stored
+
+    def snapshot(self) -> dict[str, Any]:
+        return {**super().snapshot(), "known": [part.detach() for part in self.known]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.know([part.to(self.weight) for part in state["known"]])
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {f"means_{task}": part.detach().float() for task, part in enumerate(self.known)}
+
+    def from_file(self, tensors: dict[str, Tensor]) -> None:
+        self.know([tensors[f"means_{task}"] for task in range(len(tensors))])
 
 
 class PrototypeHead(ProxyHead):

@@ -1,4 +1,6 @@
-"""Bottleneck adapters written out, for the tests of the methods that use them: a network of timm's, block by block."""
+"""Adapters written out, for the tests of the methods that use them: a network of timm's, block by block."""
+
+import math
 
 import timm
 import torch
@@ -28,6 +30,24 @@ def plain_features(vit: nn.Module, images: Tensor, adapter: list[list[Tensor]] |
             D, d, U, u = adapter[number]
             beside = scale * (torch.relu(x @ D.T + d) @ U.T + u)
         x = x + block.mlp(block.norm2(x)) + beside
+    return vit.norm(x)[:, 0]
+
+
+def lora_features(vit: nn.Module, images: Tensor, deltas: list[tuple], inputs: list | None = None) -> Tensor:
+    """Class-token features after the first blocks, one for each of `deltas`, through the last norm, with `q + x Q^T` and so on
+    for its (Q, K, V), of which each may be None; attention's inputs go to `inputs`."""
+    x = vit.patch_embed(images)
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + vit.pos_embed
+    for block, added in zip(vit.blocks, deltas, strict=False):
+        h, attn = block.norm1(x), block.attn
+        if inputs is not None:
+            inputs.append(h)
+        plain = F.linear(h, attn.qkv.weight, attn.qkv.bias).chunk(3, 2)
+        q, k, v = ((part if delta is None else part + h @ delta.T).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+                   for part, delta in zip(plain, added, strict=True))
+        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        x = x + attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        x = x + block.mlp(block.norm2(x))
     return vit.norm(x)[:, 0]
 
 

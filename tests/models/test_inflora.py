@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.inflora import InfLoRA, directions, grown, quarter
 from tests.helpers import ROOT, learner_of, small_config, test_images, with_images_in_float64
-from tests.models.plain_adapters import fresh
+from tests.models.plain_adapters import fresh, lora_features
 from utils.config import load_config
 from utils.errors import UserError
 from utils.rng import generator
@@ -33,19 +33,8 @@ def look_trained(learner: InfLoRA) -> None:
 
 
 def plain_features(vit: nn.Module, images: Tensor, deltas: list[tuple[Tensor, Tensor]], inputs: list | None = None) -> Tensor:
-    """Class-token features with `k + x K^T`, `v + x V^T` for the (K, V) of every block; attention's inputs go to `inputs`."""
-    x = vit.patch_embed(images)
-    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + vit.pos_embed
-    for block, (K, V) in zip(vit.blocks, deltas, strict=True):
-        h, attn = block.norm1(x), block.attn
-        if inputs is not None:
-            inputs.append(h)
-        q, k, v = F.linear(h, attn.qkv.weight, attn.qkv.bias).chunk(3, 2)
-        q, k, v = (part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k + h @ K.T, v + h @ V.T))
-        weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-        x = x + attn.proj((weights @ v).transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.norm2(x))
-    return vit.norm(x)[:, 0]
+    """Class-token features with the (K, V) of every block added to its projections."""
+    return lora_features(vit, images, [(None, *added) for added in deltas], inputs)
 
 
 def test_loss_gradients_and_prediction_of_two_tasks() -> None:
