@@ -13,6 +13,7 @@ from models.inflora import InfLoRA
 from models.joint import Joint
 from models.l2p import L2P
 from models.litelora import LiteLoRA
+from models.mos import MOS
 from models.ranpac import RanPAC
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
@@ -32,6 +33,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "slca": SLCA,
     "ease": EASE,
     "inflora": InfLoRA,
+    "mos": MOS,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import FrozenViT
@@ -59,10 +60,15 @@ class BottleneckLearner(GradientLearner):
         self._drawn = (torch.full((), drawn, device=self.device), number * (total // parts) + min(number, total % parts))
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head.current_logits(self.embed_dropping(images))
+        return F.cross_entropy(logits, targets, reduction="sum"), logits
+
+    def embed_dropping(self, images: Tensor) -> Tensor:
+        """Features `[b, d]` of the step's next images, with dropout."""
         drawn, first = self._drawn
         self._drawn = drawn, first + len(images)
         with self.bank.dropping(drawn, first):
-            return super().loss(images, targets)
+            return self.embed(images)
 
     # ---- what the head reads
 
