@@ -166,6 +166,7 @@ class SideBySide(nn.Module):
 def saved_network(saved: SavedRun, networks: Callable[[int], Sequence[int | None]], adapters: int) -> SideBySide:
     """The network that the head of a run reads, with the adapters that its first tasks have saved."""
     backbone = saved.backbone()
+    backbone.read_class_token_alone()  # as the learner's, whose bits otherwise hang on how many images go through it at once
     bank = bank_on(backbone, saved.config)
     for task in range(adapters):
         bank.store(Bottleneck(**saved.tensors(f"adapter_task_{task}.safetensors")))

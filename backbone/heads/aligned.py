@@ -154,8 +154,8 @@ class OfficialHead(AlignedHead):
 
 
 class ContinuedHead(OfficialHead):
-    """Every task goes on with the aligned rows, of all classes in one parameter, as MOS and TUNA: while a task is
-    trained, weight decay is all that moves those of earlier ones."""
+    """As MOS and TUNA: samples have plain logits, and every task goes on with the aligned rows, of all classes in one
+    parameter; while a task is trained, weight decay is all that moves those of earlier ones."""
 
     @property
     def training_rows(self) -> bool:
@@ -170,6 +170,9 @@ class ContinuedHead(OfficialHead):
 
     def current_logits(self, features: Tensor) -> Tensor:
         return super().current_logits(features)[:, len(self.means):]
+
+    def sampled_logits(self, samples: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+        return F.linear(samples, weight, bias)
 
 
 def level(logits: Tensor, sizes: list[int]) -> Tensor:

@@ -18,8 +18,8 @@ from utils.runs import distributed
 
 SIZES = [3, 2, 2]
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
-stream = partial(begun, "mos", init_cls=3, increment=2, nb_tasks=3, align_epochs=2, align_samples=12, align_lr=0.05,
-                 weight_decay=0.01, normalize="none")
+stream = partial(begun, "mos", init_cls=3, increment=2, nb_tasks=3, align_epochs=2, align_samples=12, align_lr=0.002,
+                 weight_decay=0.01)
 
 
 def next_task(learner: MOS, task: int) -> None:
@@ -154,7 +154,7 @@ def plain_alignment(W: Tensor, b: Tensor, means: list[Tensor], covariances: list
     speed, draw, classes = [torch.zeros_like(W), torch.zeros_like(b)], generator(1993, "align", task), len(means)
     factors = [torch.linalg.cholesky(covariance + 1e-4 * torch.eye(128).double()) for covariance in covariances]
     for epoch in range(2):
-        rate = 0.05 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 2)).item()) / 2
+        rate = 0.002 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 2)).item()) / 2
         noise = [torch.randn(12, 128, generator=draw).double() for _ in range(classes)]
         samples = torch.cat([mean + e @ L.T for mean, e, L in zip(means, noise, factors, strict=True)])
         labels = torch.arange(classes).repeat_interleave(12)
