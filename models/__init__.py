@@ -19,6 +19,7 @@ from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.simplecil import SimpleCIL
 from models.slca import SLCA
+from models.tuna import TUNA
 from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
@@ -34,6 +35,7 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "ease": EASE,
     "inflora": InfLoRA,
     "mos": MOS,
+    "tuna": TUNA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

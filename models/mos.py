@@ -23,7 +23,7 @@ from backbone.bottleneck import BottleneckBank
 from backbone.heads.aligned import ContinuedHead
 from backbone.heads.linear import Features, Pause
 from backbone.heads.proxy import class_sums
-from models.adapted import BottleneckKeys, BottleneckLearner, SideBySide, saved_network
+from models.adapted import ContinuedKeys, ContinuedLearner, SideBySide, saved_network
 from models.artifacts import SavedNetwork, SavedRun
 from models.optimisation import LaterTaskKeys, OptimisationKeys, learning_rate
 from utils.config import Config, key
@@ -104,13 +104,14 @@ class Retrieval(SideBySide):
     """
 
     def __init__(self, backbone: FrozenViT, bank: BottleneckBank, head: RetrievingHead, rounds: int) -> None:
-        super().__init__(backbone, bank, [0])
+        super().__init__(backbone, bank)
         self.head, self.rounds, self.grouped = head, rounds, True
 
     def forward(self, images: Tensor) -> Tensor:
         head, bank, owners = self.head, self.bank, self.head.owners()
         here = torch.arange(len(images), device=images.device)
-        first = super().forward(images)
+        bank.choose(0)
+        first = self.backbone(images)
         features = first[:, None].repeat(1, len(bank), 1)  # [b, tasks, d]
         missing = here.new_ones(len(images), len(bank), dtype=torch.bool)
         missing[:, 0] = False
@@ -140,21 +141,18 @@ class RetrievingNetwork(SavedNetwork):
         return graph
 
 
-class MOS(BottleneckLearner):
+class MOS(ContinuedLearner):
     """An adapter for every task, kept near those before by a moving average; the head aligned on Gaussian samples; every image
     finds its adapter by what it is taken for, again and again.
 
-    Prediction is in float32 with any `precision`: rounding must not send an image to another adapter than in the network that
-    is loaded from the run's files. A batch in parts, of several processes or by `grad_accum`, needs one more forward, since
-    the loss compares all of its images.
+    A batch in parts, of several processes or by `grad_accum`, needs one more forward: the loss compares all of its images.
     """
 
     head: RetrievingHead
 
-    class Keys(OptimisationKeys, LaterTaskKeys, BottleneckKeys):
+    class Keys(OptimisationKeys, LaterTaskKeys, ContinuedKeys):
         """Model surgery of MOS"""
 
-        bottleneck: int = key(16, "Inner units of an adapter in every block.", ge=1)
         head_lr_scale: float = key(0.1, "Learning rate of the head rows over that of the adapter.", gt=0)
         adapter_momentum: float = key(
             0.1, "Share of the mean of all earlier adapters that a task's own takes on after every step; 0 keeps them apart.",
@@ -165,11 +163,6 @@ class MOS(BottleneckLearner):
         retrieval_rounds: int = key(
             4, "Adapters at most that an image meets in turn, each of the class that it was taken for with the one before.",
             ge=1)
-        align_epochs: int = key(30, "Epochs of training the whole head after each task but the first; 0 leaves it.", ge=0)
-        align_samples: int | None = key(
-            None, "Features drawn per class and epoch, and the size of a batch of them.", unset="5 times `batch_size`",
-            derive=lambda config: 5 * config.batch_size, ge=1)
-        align_lr: float = key(0.005, "Learning rate of this at the start; it falls along a cosine.", gt=0)
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -178,11 +171,6 @@ class MOS(BottleneckLearner):
 
     def make_head(self) -> RetrievingHead:
         return RetrievingHead(self.backbone.width, self.config, self.seed)
-
-    def make_room(self, task: int) -> None:
-        super().make_room(task)
-        if task > 0:
-            self.bank.go_on()
 
     def groups(self) -> list[dict]:
         rate = learning_rate(self.config, self.task) * self.config.head_lr_scale
@@ -247,10 +235,6 @@ class MOS(BottleneckLearner):
     @classmethod
     def networks(cls, adapters: int) -> list[int | None]:
         return [0] if adapters == 1 else [0, adapters - 1]
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        return self.head(self.embed(images) if self.head.training_rows else self.network(images))
 
     @classmethod
     def rebuild(cls, saved: SavedRun) -> SavedNetwork:

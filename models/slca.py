@@ -39,9 +39,7 @@ class ReturningHead(OfficialHead):
         self.register_buffer("aligned_bias", torch.zeros(0))
 
     def centres(self) -> Tensor:
-        sizes = self.sizes.cpu()
-        shares = (torch.arange(len(sizes)) + 1) / len(sizes)  # of a class's task among those so far
-        return self.means * (0.9 + 0.1 * shares).repeat_interleave(sizes)[:, None].to(self.means)
+        return self.shrunk()
 
     def align(self, task: int, pause: Pause) -> None:
         self.keep(self.weight, self.bias)

@@ -144,6 +144,12 @@ class OfficialHead(AlignedHead):
         rows = nn.init.trunc_normal_(torch.empty(classes, self.width), std=0.02, generator=generator)
         self.new_weight = nn.Parameter(rows.to(self.weight))
 
+    def shrunk(self) -> Tensor:
+        """Means times `0.9 + 0.1 (i + 1) / (t + 1)`, i being the class's task and t the current one, `[classes, d]`."""
+        sizes = self.sizes.cpu()
+        shares = (torch.arange(len(sizes)) + 1) / len(sizes)
+        return self.means * (0.9 + 0.1 * shares).repeat_interleave(sizes)[:, None].to(self.means)
+
     def factor(self, label: int) -> Tensor:
         covariance = self.covariance(label)
         return torch.linalg.cholesky(covariance + JITTER * torch.eye(len(covariance)).to(covariance))

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from models.mos import MOS
 from tests.helpers import ROOT, small_config, test_images
-from tests.models.plain_adapters import begun, fresh, leaves, look_trained, plain_features, task_images
+from tests.models.plain_adapters import (
+    begun,
+    fresh,
+    leaves,
+    look_trained,
+    plain_alignment,
+    plain_features,
+    task_images,
+)
 from utils.config import load_config
 from utils.errors import UserError
-from utils.rng import generator
 from utils.runs import distributed
 
 SIZES = [3, 2, 2]
@@ -148,25 +155,6 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(monkeypatch) -> None:
     torch.testing.assert_close([a + b for a, b in zip(first[1], second[1], strict=True)], whole, **CLOSE)
 
 
-def plain_alignment(W: Tensor, b: Tensor, means: list[Tensor], covariances: list[Tensor], task: int) -> tuple[Tensor, Tensor]:
-    """Two epochs of SGD on the samples of all classes, as the official code."""
-    W, b = W.clone().requires_grad_(), b.clone().requires_grad_()
-    speed, draw, classes = [torch.zeros_like(W), torch.zeros_like(b)], generator(1993, "align", task), len(means)
-    factors = [torch.linalg.cholesky(covariance + 1e-4 * torch.eye(128).double()) for covariance in covariances]
-    for epoch in range(2):
-        rate = 0.002 * (1 + torch.cos(torch.tensor(torch.pi * epoch / 2)).item()) / 2
-        noise = [torch.randn(12, 128, generator=draw).double() for _ in range(classes)]
-        samples = torch.cat([mean + e @ L.T for mean, e, L in zip(means, noise, factors, strict=True)])
-        labels = torch.arange(classes).repeat_interleave(12)
-        for batch in torch.randperm(12 * classes, generator=draw).split(12):
-            gradients = torch.autograd.grad(F.cross_entropy(samples[batch] @ W.T + b, labels[batch]), (W, b))
-            with torch.no_grad():
-                for part, gradient, v in zip((W, b), gradients, speed, strict=True):
-                    v.mul_(0.9).add_(gradient + 0.01 * part)
-                    part -= rate * v
-    return W.detach(), b.detach()
-
-
 def test_prediction_is_that_of_the_official_code_image_by_image() -> None:
     """Class statistics, alignment, retrieval and ensemble, after every task."""
     learner, vit, adapters = stream(retrieval_rounds=3), fresh(), []
@@ -188,7 +176,7 @@ def test_prediction_is_that_of_the_official_code_image_by_image() -> None:
             covariances.append(torch.cov(newest[y == label].T))
             owner.append(task)
         if task:
-            W, b = plain_alignment(W, b, means, covariances, task)
+            W, b = plain_alignment(learner, [W, b], lambda x, W, b: x @ W.T + b, means, covariances, [0.002, 0.001])
         torch.testing.assert_close(learner.head.weight, W, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(learner.head.bias, b, rtol=1e-5, atol=1e-5)
         tested = [plain_features(vit, images, adapter) for adapter in adapters]
