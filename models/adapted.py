@@ -41,7 +41,7 @@ class ContinuedKeys(BottleneckKeys):
     align_samples: int | None = key(
         None, "Features drawn per class and epoch, and the size of a batch of them.", unset="5 times `batch_size`",
         derive=lambda config: 5 * config.batch_size, ge=1)
-    align_lr: float = key(0.005, "Learning rate of this at the start; it falls along a cosine.", gt=0)
+    align_lr: float = key(0.005, "Learning rate of this at the start; it follows a cosine.", gt=0)
 
 
 class BottleneckLearner(GradientLearner):
