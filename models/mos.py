@@ -73,13 +73,20 @@ class RetrievingHead(ContinuedHead):
 
     # ---- prediction
 
-    def owners(self) -> Tensor:
-        """The task of every class, int64 `[classes]`."""
-        return torch.arange(len(self.sizes), device=self.sizes.device).repeat_interleave(self.sizes)
-
     def cosines(self, first: Tensor) -> Tensor:
         """Of features with A_0 `[b, d]` and all class means."""
         return F.linear(F.normalize(first), F.normalize(self.prototypes).to(first.dtype))
+
+    def first_task(self, first: Tensor) -> Tensor:
+        """For features with A_0, int64 `[b]`: the task of the class whose mean is next to each."""
+        return self._task_of(self.cosines(first))
+
+    def next_task(self, found: Tensor) -> Tensor:
+        """For features with any adapter: the task of the class that W takes each for."""
+        return self._task_of(super().forward(found))
+
+    def _task_of(self, logits: Tensor) -> Tensor:
+        return (logits.argmax(1)[:, None] >= self.sizes.cumsum(0)).sum(1)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training_rows:
@@ -108,28 +115,34 @@ class Retrieval(SideBySide):
         self.head, self.rounds, self.grouped = head, rounds, True
 
     def forward(self, images: Tensor) -> Tensor:
-        head, bank, owners = self.head, self.bank, self.head.owners()
-        here = torch.arange(len(images), device=images.device)
-        bank.choose(0)
-        first = self.backbone(images)
-        features = first[:, None].repeat(1, len(bank), 1)  # [b, tasks, d]
-        missing = here.new_ones(len(images), len(bank), dtype=torch.bool)
+        first = self._with(0, images)
+        chosen = self.head.first_task(first)
+        features = torch.stack([first if number == 0 or self.grouped else self._with(number, images)
+                                for number in range(len(self.bank))], 1)  # [b, tasks, d]
+        missing = torch.ones_like(features[:, :, 0], dtype=torch.bool)
         missing[:, 0] = False
-        chosen = owners[head.cosines(first).argmax(1)]
         for number in range(self.rounds):
-            for adapter in range(1, len(bank)):
-                rows = (missing[:, adapter] & (chosen == adapter)).nonzero()[:, 0] if self.grouped else here
-                if len(rows) and (self.grouped or number == 0):
-                    bank.choose(adapter)
-                    features[rows, adapter] = self.backbone(images[rows])
-                    missing[rows, adapter] = False
-            found = features[here, chosen]
-            following = owners[F.linear(found, *(row.to(found.dtype) for row in head.rows())).argmax(1)]
-            if self.grouped and torch.equal(following, chosen):
+            if self.grouped:
+                self._meet(images, chosen, features, missing)
+            found = features.gather(1, chosen[:, None, None].expand(-1, 1, first.shape[1]))[:, 0]
+            if number + 1 == self.rounds:
                 break
-            if number + 1 < self.rounds:
-                chosen = following
+            before, chosen = chosen, self.head.next_task(found)
+            if self.grouped and torch.equal(chosen, before):
+                break
         return torch.cat([first, found], 1)
+
+    def _meet(self, images: Tensor, chosen: Tensor, features: Tensor, missing: Tensor) -> None:
+        """Fills in the features of each image with the adapter chosen for it, where they are missing."""
+        for number in range(1, len(self.bank)):
+            rows = (missing[:, number] & (chosen == number)).nonzero()[:, 0]
+            if len(rows):
+                features[rows, number] = self._with(number, images[rows])
+                missing[rows, number] = False
+
+    def _with(self, number: int, images: Tensor) -> Tensor:
+        self.bank.choose(number)
+        return self.backbone(images)
 
 
 class RetrievingNetwork(SavedNetwork):
