@@ -82,6 +82,20 @@ class BottleneckBank(nn.Module):
             setattr(self, f"new_{field}", None)
         self.choose(len(self) - 1)
 
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """The current adapter starts from where the newest stored one has ended."""
+        for new, stored in zip(self.current, self.stored(len(self) - 1), strict=True):
+            new.copy_(stored)
+
+    def stacks(self) -> Bottleneck:
+        """All stored adapters, every part with a first dimension n."""
+        return Bottleneck(*(getattr(self, field) for field in Bottleneck._fields))
+
+    def stored(self, number: int) -> Bottleneck:
+        """Stored adapter `number`, by the order in which they came."""
+        return Bottleneck(*(stack[number] for stack in self.stacks()))
+
     def store(self, adapter: Bottleneck) -> None:
         """Adds a trained adapter."""
         for field, part in adapter._asdict().items():
@@ -96,7 +110,7 @@ class BottleneckBank(nn.Module):
         elif number == len(self):
             self.chosen = self.current
         else:
-            self.chosen = Bottleneck(*(getattr(self, field)[number] for field in Bottleneck._fields))
+            self.chosen = self.stored(number)
 
     # ---- what a block computes with
 

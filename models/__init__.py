@@ -14,12 +14,14 @@ from models.inflora import InfLoRA
 from models.joint import Joint
 from models.l2p import L2P
 from models.litelora import LiteLoRA
+from models.mos import MOS
 from models.ranpac import RanPAC
 from models.recipes import GATES, INFERENCE
 from models.sdlora import SDLoRA
 from models.sema import SEMA
 from models.simplecil import SimpleCIL
 from models.slca import SLCA
+from models.tuna import TUNA
 from utils import config
 
 LEARNERS: dict[str, type[BaseLearner]] = {
@@ -36,6 +38,8 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "inflora": InfLoRA,
     "cl_lora": CLLoRA,
     "sema": SEMA,
+    "mos": MOS,
+    "tuna": TUNA,
 }
 
 config.register(model_name=LEARNERS, gate=GATES, inference=INFERENCE, head=HEADS, growth_rule=RULES)

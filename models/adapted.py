@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import FrozenViT
 from backbone.bottleneck import Bottleneck, BottleneckBank
+from backbone.heads.aligned import ContinuedHead
 from backbone.heads.proxy import ProxyHead
 from models.artifacts import SavedNetwork, SavedRun, save_head
 from models.base import TaskReport
@@ -31,10 +33,21 @@ class BottleneckKeys(KeyGroup):
              "code of the methods with these adapters does.", ge=0, lt=1)
 
 
-class BottleneckLearner(GradientLearner):
-    """A frozen network with bottleneck adapters, trained through rows that do not last (backbone/heads/proxy.py)."""
+class ContinuedKeys(BottleneckKeys):
+    """Bottleneck adapters that go on from task to task, and a head aligned on samples"""
 
-    head: ProxyHead
+    bottleneck: int = key(16, "Inner units of an adapter in every block.", ge=1)
+    align_epochs: int = key(30, "Epochs of training the whole head after each task but the first; 0 leaves it.", ge=0)
+    align_samples: int | None = key(
+        None, "Features drawn per class and epoch, and the size of a batch of them.", unset="5 times `batch_size`",
+        derive=lambda config: 5 * config.batch_size, ge=1)
+    align_lr: float = key(0.005, "Learning rate of this at the start; it follows a cosine.", gt=0)
+
+
+class BottleneckLearner(GradientLearner):
+    """A frozen network with bottleneck adapters."""
+
+    head: ProxyHead | ContinuedHead
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -59,10 +72,15 @@ class BottleneckLearner(GradientLearner):
         self._drawn = (torch.full((), drawn, device=self.device), number * (total // parts) + min(number, total % parts))
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head.current_logits(self.embed_dropping(images))
+        return F.cross_entropy(logits, targets, reduction="sum"), logits
+
+    def embed_dropping(self, images: Tensor) -> Tensor:
+        """Features `[b, d]` of the step's next images, with dropout."""
         drawn, first = self._drawn
         self._drawn = drawn, first + len(images)
         with self.bank.dropping(drawn, first):
-            return super().loss(images, targets)
+            return self.embed(images)
 
     # ---- what the head reads
 
@@ -110,6 +128,27 @@ class BottleneckLearner(GradientLearner):
         self.bank.restore(state["bank"])
 
 
+class ContinuedLearner(BottleneckLearner):
+    """An adapter for every task, which starts as that of the task before has ended, under a head that goes on likewise.
+
+    network: images to what the head reads between tasks, for which each image is shown several adapters. It runs in float32
+    with any `precision`: rounding must not give an image other adapters than in the network loaded from the run's files.
+    """
+
+    head: ContinuedHead
+    network: nn.Module
+
+    def make_room(self, task: int) -> None:
+        super().make_room(task)
+        if task > 0:
+            self.bank.go_on()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """While a task is trained, by its adapter alone."""
+        return self.head(self.embed(images) if self.head.training_rows else self.network(images))
+
+
 class FirstTaskLearner(BottleneckLearner):
     """One adapter, trained on the first task; later tasks only add to the statistics that the head predicts from."""
 
@@ -140,7 +179,7 @@ def bank_on(backbone: FrozenViT, config: Config) -> BottleneckBank:
 class SideBySide(nn.Module):
     """Images `[b, 3, S, S]` to the features with each of `networks` (as of a learner) in force, side by side, `[b, k d]`."""
 
-    def __init__(self, backbone: FrozenViT, bank: BottleneckBank, networks: Sequence[int | None]) -> None:
+    def __init__(self, backbone: FrozenViT, bank: BottleneckBank, networks: Sequence[int | None] = ()) -> None:
         super().__init__()
         self.backbone, self.bank, self.networks, self.image_size = backbone, bank, networks, backbone.image_size
 
@@ -160,6 +199,7 @@ class SideBySide(nn.Module):
 def saved_network(saved: SavedRun, networks: Callable[[int], Sequence[int | None]], adapters: int) -> SideBySide:
     """The network that the head of a run reads, with the adapters that its first tasks have saved."""
     backbone = saved.backbone()
+    backbone.read_class_token_alone()  # as the learner's, whose bits otherwise hang on how many images go through it at once
     bank = bank_on(backbone, saved.config)
     for task in range(adapters):
         bank.store(Bottleneck(**saved.tensors(f"adapter_task_{task}.safetensors")))

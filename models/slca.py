@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbone.heads.aligned import AlignedHead
+from backbone.heads.aligned import OfficialHead
 from backbone.heads.linear import Pause
 from models.artifacts import SavedNetwork, SavedRun, save_head
 from models.optimisation import LaterTaskKeys, OptimisationKeys, learning_rate
@@ -24,42 +24,26 @@ from models.training import GradientLearner
 from utils.config import Config, key
 from utils.runs.files import write_safetensors
 
-JITTER = 1e-4
 
-
-class ReturningHead(AlignedHead):
+class ReturningHead(OfficialHead):
     """The aligned head as SLCA has it.
 
-    weight, bias: rows as their tasks trained them; aligned_weight, aligned_bias: those that answer between tasks. Rows start
-    from N(0, 0.02^2) and biases from 0.
+    weight, bias: rows as their tasks trained them; aligned_weight, aligned_bias: those that answer between tasks.
     """
 
-    STATISTICS = (*AlignedHead.STATISTICS, "aligned_weight", "aligned_bias")
+    STATISTICS = (*OfficialHead.STATISTICS, "aligned_weight", "aligned_bias")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
         super().__init__(width, config, seed)
-        self.decay = config.weight_decay
         self.register_buffer("aligned_weight", torch.zeros(0, width))
         self.register_buffer("aligned_bias", torch.zeros(0))
 
-    def grow(self, classes: int, generator: torch.Generator) -> None:
-        super().grow(classes, generator)
-        rows = nn.init.trunc_normal_(torch.empty(classes, self.width), std=0.02, generator=generator)
-        self.new_weight = nn.Parameter(rows.to(self.weight))
-
     def centres(self) -> Tensor:
-        sizes = self.sizes.cpu()
-        shares = (torch.arange(len(sizes)) + 1) / len(sizes)  # of a class's task among those so far
-        return self.means * (0.9 + 0.1 * shares).repeat_interleave(sizes)[:, None].to(self.means)
-
-    def factor(self, label: int) -> Tensor:
-        covariance = self.covariance(label)
-        return torch.linalg.cholesky(covariance + JITTER * torch.eye(len(covariance)).to(covariance))
+        return self.shrunk()
 
     def align(self, task: int, pause: Pause) -> None:
         self.keep(self.weight, self.bias)
-        if task > 0 and self.config.align_epochs > 0:
-            super().align(task, pause)
+        super().align(task, pause)
 
     def keep(self, weight: Tensor, bias: Tensor) -> None:
         self.aligned_weight, self.aligned_bias = weight, bias

@@ -6,7 +6,7 @@ Shapes: d width, c classes of a task, P = d (d + 1) / 2 entries of a symmetric m
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.heads.linear import Features, GrowingHead, Pause
 from utils.config import Config, KeyGroup, key
@@ -14,7 +14,7 @@ from utils.rng import generator
 
 LOGIT_NORM = 0.1  # SLCA's: logits are trained at a norm of 1 / 0.1, so that no task's can outgrow the others'
 MOMENTUM = 0.9
-JITTER = 1e-4  # SLCA's, here relative to the mean variance
+JITTER = 1e-4  # SLCA's; the head of this name takes it relative to the mean variance
 
 
 class AlignedHead(GrowingHead):
@@ -35,6 +35,7 @@ class AlignedHead(GrowingHead):
 
     kind = "aligned"
     decay = 0.0  # weight decay of the alignment
+    period: int | None = None  # epochs in which its learning rate falls, if not all
     STATISTICS = ("means", "covariances", "sizes")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
@@ -94,6 +95,10 @@ class AlignedHead(GrowingHead):
         """Lower triangular factor `[d, d]` of the covariance that samples of a class have."""
         return factor(self.covariance(label))
 
+    def sampled_logits(self, samples: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+        """Logits `[b, classes]` of samples `[b, d]`, as the rows are trained on them; sizes: classes of each task."""
+        return level(F.linear(samples, weight, bias), sizes)
+
     def keep(self, weight: Tensor, bias: Tensor) -> None:
         """Takes the rows that alignment has arrived at."""
         self.weight, self.bias = weight, bias
@@ -107,7 +112,7 @@ class AlignedHead(GrowingHead):
         config, stream = self.config, generator(self.seed, "align", task)
         weight, bias = (tensor.clone().requires_grad_() for tensor in (self.weight, self.bias))
         optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM, weight_decay=self.decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.period or config.align_epochs)
         factors = [self.factor(label) for label in range(len(self.means))]
         sizes = self.sizes.tolist()
         for epoch in range(config.align_epochs):
@@ -116,12 +121,64 @@ class AlignedHead(GrowingHead):
             batches = order.split(config.align_samples)
             for number, batch in enumerate(batches, epoch * len(batches)):
                 pause("aligning the head", number, config.align_epochs * len(batches))
-                logits = level(F.linear(features[batch], weight, bias), sizes)
-                F.cross_entropy(logits, labels[batch]).backward()
+                F.cross_entropy(self.sampled_logits(features[batch], weight, bias, sizes), labels[batch]).backward()
                 optimizer.step()
                 optimizer.zero_grad()
             schedule.step()
         self.keep(weight.detach(), bias.detach())
+
+
+class OfficialHead(AlignedHead):
+    """What the official code of SLCA does otherwise, and after it that of MOS and TUNA.
+
+    Covariances get 1e-4 I, the alignment has the weight decay of training, and the first task is not followed by one. Rows
+    start from N(0, 0.02^2) and biases from 0.
+    """
+
+    def __init__(self, width: int, config: Config, seed: int) -> None:
+        super().__init__(width, config, seed)
+        self.decay = config.weight_decay
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        super().grow(classes, generator)
+        rows = nn.init.trunc_normal_(torch.empty(classes, self.width), std=0.02, generator=generator)
+        self.new_weight = nn.Parameter(rows.to(self.weight))
+
+    def shrunk(self) -> Tensor:
+        """Means times `0.9 + 0.1 (i + 1) / (t + 1)`, i being the class's task and t the current one, `[classes, d]`."""
+        sizes = self.sizes.cpu()
+        shares = (torch.arange(len(sizes)) + 1) / len(sizes)
+        return self.means * (0.9 + 0.1 * shares).repeat_interleave(sizes)[:, None].to(self.means)
+
+    def factor(self, label: int) -> Tensor:
+        covariance = self.covariance(label)
+        return torch.linalg.cholesky(covariance + JITTER * torch.eye(len(covariance)).to(covariance))
+
+    def align(self, task: int, pause: Pause) -> None:
+        if task > 0 and self.config.align_epochs > 0:
+            super().align(task, pause)
+
+
+class ContinuedHead(OfficialHead):
+    """As MOS and TUNA: samples have plain logits, and every task goes on with the aligned rows, of all classes in one
+    parameter; while a task is trained, weight decay is all that moves those of earlier ones."""
+
+    @property
+    def training_rows(self) -> bool:
+        """Whether a task is being trained."""
+        return self.new_weight is not None
+
+    def grow(self, classes: int, generator: torch.Generator) -> None:
+        super().grow(classes, generator)
+        weight, bias = self.rows()
+        self.new_weight, self.new_bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight, self.bias = weight.new_zeros(0, self.width), bias.new_zeros(0)
+
+    def current_logits(self, features: Tensor) -> Tensor:
+        return super().current_logits(features)[:, len(self.means):]
+
+    def sampled_logits(self, samples: Tensor, weight: Tensor, bias: Tensor, sizes: list[int]) -> Tensor:
+        return F.linear(samples, weight, bias)
 
 
 def level(logits: Tensor, sizes: list[int]) -> Tensor:

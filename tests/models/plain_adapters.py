@@ -2,6 +2,8 @@
 
 import math
 
+from collections.abc import Callable
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from backbone.bottleneck import Bottleneck
 from backbone.embedded import EMBEDDED
-from models.adapted import BottleneckLearner
+from models.adapted import BottleneckLearner, ContinuedLearner
 from tests.helpers import learner_of, small_config, with_images_in_float64
 from utils.rng import generator
 
@@ -101,3 +103,23 @@ def check_training_step(learner: BottleneckLearner) -> None:
     for number, part in enumerate(learner.bank.current):
         torch.testing.assert_close(part.grad, torch.stack([block[number].grad for block in adapter]), **close)
         assert part.grad.abs().max() > 1e-6
+
+
+def plain_alignment(learner: ContinuedLearner, rows: list[Tensor], logits: Callable[..., Tensor], means: list[Tensor],
+                    covariances: list[Tensor], rates: list[float]) -> list[Tensor]:
+    """Head rows after SGD on samples of all classes' Gaussians, an epoch at each of `rates`; `logits` of samples and rows."""
+    config, classes, width = learner.config, len(means), means[0].numel()
+    rows, draw = [row.clone().requires_grad_() for row in rows], generator(learner.seed, "align", learner.task)
+    speed, size = [torch.zeros_like(row) for row in rows], config.align_samples
+    factors = [torch.linalg.cholesky(covariance + 1e-4 * torch.eye(width).double()) for covariance in covariances]
+    for rate in rates:
+        noise = [torch.randn(size, width, generator=draw).double() for _ in range(classes)]
+        samples = torch.cat([mean + e @ L.T for mean, e, L in zip(means, noise, factors, strict=True)])
+        labels = torch.arange(classes).repeat_interleave(size)
+        for batch in torch.randperm(size * classes, generator=draw).split(size):
+            gradients = torch.autograd.grad(F.cross_entropy(logits(samples[batch], *rows), labels[batch]), rows)
+            with torch.no_grad():
+                for part, gradient, v in zip(rows, gradients, speed, strict=True):
+                    v.mul_(0.9).add_(gradient + config.weight_decay * part)
+                    part -= rate * v
+    return [row.detach() for row in rows]

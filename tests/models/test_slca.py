@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.slca import JITTER, SLCA, ReturningHead
+from backbone.heads.aligned import JITTER
+from models.slca import SLCA, ReturningHead
 from tests.helpers import ROOT, learner_of, small_config, with_images_in_float64
 from tests.models.plain_adapters import fresh, plain_features
 from utils.config import load_config
