@@ -1,7 +1,6 @@
 """Adapters written out, for the tests of the methods that use them: a network of timm's, block by block."""
 
 import math
-
 from collections.abc import Callable
 
 import timm
