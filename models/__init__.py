@@ -6,6 +6,8 @@ from backbone.heads import HEADS
 from models.aper import APER
 from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
+from models.codaprompt import CODAPrompt
+from models.dualprompt import DualPrompt
 from models.ease import EASE
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
@@ -27,6 +29,8 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "simplecil": SimpleCIL,
     "joint": Joint,
     "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "codaprompt": CODAPrompt,
     "ranpac": RanPAC,
     "aper": APER,
     "slca": SLCA,
