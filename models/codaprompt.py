@@ -1,11 +1,10 @@
 """CODA-Prompt: prefixes put together from components that grow with the tasks (Smith et al., CVPR 2023, arXiv 2211.13218).
 
-In every block of `prompt_blocks` the prefix of an image is `sum_m cos(q * A_m, K_m) P_m` (equations 3 to 5), q being the
-class token's output of the network without prefixes, A_m what component m looks at in it, K_m its key and P_m its prompt, the
-first half of whose tokens are keys and the second values. Every task trains M / T components of its own, those of earlier
-tasks take part as they are, in training and in evaluation. Loss: cross-entropy over the task's classes + lambda
-`sum_B ||B B^T - I||^2` over B = K, A, P of every block, P with its tokens in a row; the norm is a mean over entries (equation
-6).
+In every block of `prompt_blocks` the prefix of an image is `sum_m cos(q * A_m, K_m) P_m`, q being the class token's output
+of the network without prefixes, A_m what component m looks at in it, K_m its key and P_m its prompt, the first half of whose
+tokens are keys and the second values. Every task trains M / T components of its own; those of earlier tasks take part as they
+are, in training and in evaluation. Loss: cross-entropy over the task's classes + lambda `sum_B ||B B^T - I||^2` over B = K, A,
+P of every block, P with its tokens in a row; the norm is a mean over entries.
 
 As in the official code, GT-RIPL/CODA-Prompt at 6417d4f, from which these come: components start orthonormal to those before
 by Gram-Schmidt from N(0, 1), when their task begins; lambda is 0 since they do (0.1 in the paper, where all of them start
@@ -97,7 +96,8 @@ class CODAPrompt(PromptLearner):
         components, tasks, width = self.config.prompt_components, self.data.nb_tasks, self.backbone.width
         self.share = components // tasks
         if not self.share:
-            raise UserError(f"prompt_components: {components} leaves none for each of the {tasks} tasks; choose at least {tasks}.")
+            raise UserError(f"prompt_components: {components} leaves none for each of the {tasks} tasks; choose at least "
+                            f"{tasks}.")
         if components > width:
             raise UserError(f"prompt_components: {components} of width {width} cannot be orthogonal, as those of "
                             f"'{self.config.backbone_type}' would have to be; choose at most {width}.")

@@ -1,7 +1,7 @@
 """DualPrompt: general prefixes for all tasks, and an expert prefix for each (Wang et al., ECCV 2022, arXiv 2204.04799).
 
 The attention of the blocks `general_blocks` finds L_g further keys and values that every task trains; that of the
-`expert_blocks` L_e that a single task t has trained, e_t, together with a key k_t. Loss (equation 5): cross-entropy over the
+`expert_blocks` L_e that a single task t has trained, e_t, together with a key k_t. Loss: cross-entropy over the
 task's classes - lambda cos(q, k_t), q being the class token's output of the network without prefixes. In training an image
 gets the expert of the task, in evaluation the one with the key nearest to q by cosine.
 
