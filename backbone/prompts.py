@@ -11,20 +11,21 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionRope
-from timm.layers.diff_attention import DiffAttention
 from timm.models.cait import TalkingHeadAttn
 from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from backbone import FrozenViT
 from utils.errors import UserError
 
 # In these any number of further keys and values has a place: what they compute knows no position, or knows it of the tokens
-# after the first `num_prefix_tokens` alone.
-_OPEN = (Attention, AttentionRope, DiffAttention, EvaAttention, TalkingHeadAttn)
+# after the first `num_prefix_tokens` alone. Older versions of timm lack the last two.
+_OPEN = (Attention, EvaAttention, TalkingHeadAttn,
+         *(getattr(timm.layers, name) for name in ("AttentionRope", "DiffAttention") if hasattr(timm.layers, name)))
 
 
 class Pool(nn.Module):
@@ -43,7 +44,7 @@ class Pool(nn.Module):
 
     def restore(self, state: dict[str, Tensor | None]) -> None:
         """The pool as it was at `snapshot`."""
-        here = next(part for part in (*self.parameters(), *self.buffers()))
+        here = (*self.parameters(), *self.buffers())[0]
         for name, part in state.items():
             part = None if part is None else part.to(here, copy=True)
             setattr(self, name, nn.Parameter(part) if part is not None and name in self._parameters else part)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import timm
+import timm.layers
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ OPEN = [(NAME, {}), (NAME, {"reg_tokens": 2, "init_values": 0.5, "qk_norm": True
 def test_every_key_twice_weighs_as_once_and_others_weigh_in(name: str, options: dict) -> None:
     """A softmax over two copies of every key, each with its value, gives what it gave over one: so a prefix of the tokens'
     own keys and values has to change nothing. It says that every kind of attention takes prefixes where they belong."""
+    if not timm.is_model(name) or options.get("attn_layer") == "diff" and not hasattr(timm.layers, "DiffAttention"):
+        pytest.skip("this version of timm has no such network")
     vit = timm.create_model(name, num_classes=0, **options).requires_grad_(False).eval()
     fused_qkv(vit, name)
     draw = torch.Generator().manual_seed(0)
@@ -79,7 +82,7 @@ def test_every_key_twice_weighs_as_once_and_others_weigh_in(name: str, options: 
     network.pool.prefixes = {1: own}
     torch.testing.assert_close(network(batch), before, rtol=1e-8, atol=1e-8)
     network.pool.prefixes = {1: torch.randn(2, 2, 3, own.shape[3], generator=draw).double()}
-    assert (network(batch) - before).abs().max() > 1e-3, "other prefixes change the features"
+    assert (network(batch) - before).abs().max() > 1e-5, "other prefixes change the features"
     torch.testing.assert_close(vit(batch), before, rtol=0, atol=0)
 
 

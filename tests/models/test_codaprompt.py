@@ -144,7 +144,8 @@ def test_with_compile_the_whole_network_is_one_graph_that_gives_the_same(monkeyp
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, fullgraph=True, backend="aot_eager"))
     found = []
     for value in (True, False):
-        made = begun("codaprompt", compile=value)
+        made = learner("codaprompt", compile=value)
+        made.begin_task(0)
         images, targets = batch_of(made)
         loss, _ = made.loss(images, targets)
         loss.backward()
