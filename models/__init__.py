@@ -7,6 +7,8 @@ from models.aper import APER
 from models.artifacts import SavedNetwork, SavedRun
 from models.base import BaseLearner, TaskReport
 from models.cl_lora import CLLoRA
+from models.codaprompt import CODAPrompt
+from models.dualprompt import DualPrompt
 from models.ease import EASE
 from models.finetune_head import FinetuneHead
 from models.growth import RULES
@@ -31,6 +33,8 @@ LEARNERS: dict[str, type[BaseLearner]] = {
     "simplecil": SimpleCIL,
     "joint": Joint,
     "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "codaprompt": CODAPrompt,
     "ranpac": RanPAC,
     "aper": APER,
     "slca": SLCA,

@@ -16,7 +16,6 @@ directions are left, A has rows of 0; a first task that fills more than d / 2 di
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 from backbone.kv_lora import KVBank
 from models.artifacts import SavedNetwork, SavedRun, save_head
 from models.base import TaskReport
-from models.optimisation import epochs_of, schedule_factor
-from models.training import GradientLearner, Phase
+from models.optimisation import QuarterKeys
+from models.training import GradientLearner
 from utils.config import Config, key
 from utils.config.rules import above
 from utils.errors import UserError
@@ -91,7 +90,7 @@ def grown(basis: Tensor | None, kept: bool, moments: Tensor, share: float) -> tu
 class InfLoRA(GradientLearner):
     """LoRA on keys and values whose directions are chosen before training, so that what earlier tasks give does not change."""
 
-    class Keys(GradientLearner.Keys):
+    class Keys(QuarterKeys, GradientLearner.Keys):
         """LoRA without interference"""
 
         rank: int = key(10, "Rank of every adapter, at most the backbone's width.", ge=1)
@@ -102,9 +101,6 @@ class InfLoRA(GradientLearner):
         optimizer: Literal["sgd", "adam", "adamw"] = key("adam", "The optimizer; Adam as published.")
         init_lr: float = key(5e-4, "Learning rate in the first task.", gt=0)
         lrate: float = key(5e-4, "Learning rate in every later task.", gt=0)
-        scheduler: Literal["quarter", "cosine", "steplr", "constant"] = key(
-            "quarter", 'The learning rate within a task, set once per epoch: `"quarter"` of a cosine as published, from the '
-                       "whole to a 64th of it; the others as elsewhere.")
 
     @classmethod
     def contradictions(cls, config: Config) -> Iterator[str]:
@@ -123,13 +119,8 @@ class InfLoRA(GradientLearner):
     # ---- the task
 
     def grow_head(self, task: int) -> None:
-        """Rows and biases from U(-1 / sqrt(d), 1 / sqrt(d)), as the official code starts them."""
         super().grow_head(task)
-        draw = generator(self.seed, "head", task)
-        for parameter in (self.head.new_weight, self.head.new_bias):
-            if parameter is not None:
-                start = (torch.rand(parameter.shape, generator=draw) * 2 - 1) / math.sqrt(self.backbone.width)
-                parameter.data.copy_(start)
+        self.head.spread(generator(self.seed, "head", task))
 
     def make_room(self, task: int) -> None:
         super().make_room(task)
@@ -144,11 +135,6 @@ class InfLoRA(GradientLearner):
             rows.append(directions(self.memory.free(layer, moments), self.config.rank, moments.norm()))
         self.bank.aim(torch.stack(rows).to(self.bank.new_A))
         distributed.copy_from_main([self.bank.new_A])
-
-    def phases(self, task: int) -> list[Phase]:
-        config, epochs = self.config, epochs_of(self.config, task)
-        rate = partial(quarter, epochs) if config.scheduler == "quarter" else partial(schedule_factor, config, task)
-        return [Phase(epochs, config.batch_size, self.optimizer, self.before_step, rate)]
 
     def groups(self) -> list[dict]:
         return [{"params": [*self.bank.new_B, *self.head.trainable()]}]
@@ -224,8 +210,3 @@ class InfLoRA(GradientLearner):
         super().load_state(state)
         self.bank.restore(state["bank"])
         self.memory.put([basis.to(self.bank.A) for basis in state["memory"]["bases"]], state["memory"]["kept"])
-
-
-def quarter(epochs: int, epoch: float) -> float:
-    """Learning rate of `epoch` over the initial one: from 1 to `cos(0.495 pi)`."""
-    return math.cos(0.495 * math.pi * epoch / (epochs - 1)) if epochs > 1 else 1.0

@@ -4,8 +4,6 @@ Shapes: b images, d width, M prompts of L tokens in the pool (`pool_size`, `prom
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +11,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from backbone import FrozenViT
-from models.artifacts import SavedNetwork, SavedRun, save_head
-from models.training import GradientLearner
+from backbone.prompts import Pool, QueriedViT
+from models.prompted import PromptLearner
 from utils.config import Config, key
 from utils.config.rules import above
 from utils.errors import UserError
 from utils.rng import generator
-from utils.runs.files import write_safetensors
 
 
-class PromptPool(nn.Module):
-    """The prompts P `[M, L, d]` and their keys k `[M, d]`: all that is learned beside the head."""
+class PromptPool(Pool):
+    """The prompts P `[M, L, d]` and their keys k `[M, d]`."""
+
+    method = "l2p"
 
     def __init__(self, prompts: Tensor, keys: Tensor, top_k: int) -> None:
         super().__init__()
@@ -39,46 +38,29 @@ class PromptPool(nn.Module):
         return rows.unflatten(2, self.prompts.shape[1:]).flatten(1, 2), nearest
 
 
-class PromptedViT(nn.Module):
-    """A frozen ViT in which every image's prompts stand before its tokens: images `[b, 3, S, S]` to features `[b, d]`.
+class PromptedViT(QueriedViT):
+    """A frozen ViT in which every image's prompts stand before its tokens; the feature is the mean of the prompts' outputs.
 
-    The query is the image's feature in the network without prompts, the class token's output where it is pooled by that. The
-    feature is the mean of the prompts' outputs. Raises UserError for a network without a place for prompts.
+    The query is the class token's output where the network is pooled by that. Raises UserError for a network without a place
+    for prompts.
     """
 
     def __init__(self, backbone: FrozenViT, pool: PromptPool) -> None:
-        super().__init__()
+        super().__init__(backbone, pool)
         vit, name = backbone.vit, backbone.identity.name
         if not isinstance(vit, VisionTransformer) or vit.attn_pool is not None:
             raise UserError(f"backbone_type: '{name}' has no place for L2P's prompts, which stand among the tokens of timm's "
                             "VisionTransformer and are averaged in place of its class token or mean, not of a pooling by "
                             "attention; choose another one, such as 'vit_base_patch16_224'.")
-        self.backbone, self.pool, self.image_size = backbone, pool, backbone.image_size
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.look(images)[0]
-
-    def as_timm(self) -> nn.Module:
-        raise UserError("model_name: 'l2p' puts prompts before the tokens of every image, which no network of timm does; "
-                        "export it as torchscript or onnx.")
-
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `[b, d]`, and cosines `[b, K]` of query and chosen keys.
-
-        The choice is made without autocast: rounding must not give an image other prompts in the run than in the network that
-        is loaded from its files.
-        """
+    def prompted(self, images: Tensor, prompts: Tensor) -> Tensor:
         vit = self.backbone.vit
-        with torch.autocast(images.device.type, enabled=False):
-            with torch.no_grad():
-                queries = self.backbone(images)
-            prompts, cosines = self.pool(queries)
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         tokens = vit.norm(vit.blocks(torch.cat([prompts, tokens], 1)))  # (16, 25 + 197, 768)
-        return vit.fc_norm(tokens[:, :prompts.shape[1]].mean(1)), cosines
+        return vit.fc_norm(tokens[:, :prompts.shape[1]].mean(1))
 
 
-class L2P(GradientLearner):
+class L2P(PromptLearner):
     """Learning to Prompt: a frozen network and a pool of prompts with keys; every image chooses its own.
 
     Loss (equation 5): cross-entropy over the task's classes - lambda sum_s cos(q, k_s) over the K chosen keys s. The pool
@@ -90,7 +72,7 @@ class L2P(GradientLearner):
 
     reads_class_token_alone = False
 
-    class Keys(GradientLearner.Keys):
+    class Keys(PromptLearner.Keys):
         """Prompts of L2P"""
 
         pool_size: int = key(10, "Prompts in the pool, each with a key.", ge=1)
@@ -107,51 +89,15 @@ class L2P(GradientLearner):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        config, width, draw = self.config, self.backbone.width, generator(self.seed, "prompts")
-        prompts = torch.rand(config.pool_size, config.prompt_length, width, generator=draw) * 2 - 1
-        keys = torch.rand(config.pool_size, width, generator=draw) * 2 - 1
-        self.pool = PromptPool(prompts, keys, config.top_k).to(self.device)
-        network = PromptedViT(self.backbone, self.pool)
-        self._look = torch.compile(network.look) if config.compile else network.look
-
-    def groups(self) -> list[dict]:
-        return [{"params": [*self.pool.parameters(), *self.head.trainable()], "name": "prompts and head"}]
-
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As `PromptedViT.look`, in the run's precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            features, cosines = self._look(images)
-        return features.to(cosines.dtype), cosines
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.look(images)[0]
-
-    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        features, cosines = self.look(images)
-        logits = self.head.current_logits(features)
-        pull = self.config.pull_constraint_coeff * cosines.sum()
-        return F.cross_entropy(logits, targets, reduction="sum") - pull, logits
-
-    # ---- what is stored
-
-    def modules(self) -> list[nn.Module]:
-        return [self.pool, self.head]
-
-    def save(self, folder: Path) -> list[Path]:
-        """The head, and in `prompts_task_<task>.safetensors` the pool."""
-        path = folder / f"prompts_task_{self.task}.safetensors"
-        write_safetensors(path, self.pool.state_dict(), {"task": str(self.task), "top_k": str(self.pool.top_k)})
-        return [save_head(folder, self.head, self.task), path]
+        draw = generator(self.seed, "prompts")
+        with torch.no_grad():
+            for part in (self.pool.prompts, self.pool.keys):
+                part.copy_(torch.rand(part.shape, generator=draw) * 2 - 1)
 
     @classmethod
-    def rebuild(cls, saved: SavedRun) -> SavedNetwork:
-        backbone, tensors = saved.backbone(), saved.tensors(f"prompts_task_{saved.task}.safetensors")
-        pool = PromptPool(tensors["prompts"], tensors["keys"], saved.config.top_k)
-        return SavedNetwork(PromptedViT(backbone, pool), None, saved.head(backbone.width))
+    def network_of(cls, config: Config, backbone: FrozenViT) -> PromptedViT:
+        prompts = torch.zeros(config.pool_size, config.prompt_length, backbone.width)
+        return PromptedViT(backbone, PromptPool(prompts, torch.zeros_like(prompts[:, 0]), config.top_k))
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "pool": {name: tensor.clone() for name, tensor in self.pool.state_dict().items()}}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.pool.load_state_dict(state["pool"])
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.pulled(images, targets)

@@ -54,6 +54,8 @@ def small_config(folder: Path | str = "./unused/", **changes: Any) -> Config:
 # What a method wants of a run as small as these; most want nothing.
 OF_METHOD: dict[str, dict[str, Any]] = {
     "l2p": {"pool_size": 6, "prompt_length": 2, "top_k": 3, "init_lr": 0.5, "lrate": 0.5},
+    "dualprompt": {"general_blocks": [0], "expert_blocks": [0, 1], "general_length": 2, "expert_length": 3},
+    "codaprompt": {"prompt_components": 6, "prompt_length": 4, "prompt_blocks": [0, 1], "ortho_mu": 0.1},
     "litelora": {"batch_size_p2": 32},
     "sema": {"growing_share": 1.0, "rd_epochs": 2, "rd_dim": 8, "expansion_threshold": 0.0, "detect_batch_size": 32},
     "ranpac": {"ridge_dim": 64, "ridge_lambda": 1.0},  # each process holds out a fifth of its own part to choose it

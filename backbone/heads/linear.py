@@ -53,6 +53,13 @@ class GrowingHead(Component, nn.Module):
         self.new_bias = nn.Parameter(torch.zeros(classes).to(self.bias))
 
     @torch.no_grad()
+    def spread(self, generator: torch.Generator) -> None:
+        """The current task's rows and biases start from U(-1 / sqrt(d), 1 / sqrt(d)), as a layer of torch's own does."""
+        for parameter in (self.new_weight, self.new_bias):
+            if parameter is not None:
+                parameter.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) / math.sqrt(self.width))
+
+    @torch.no_grad()
     def clear(self) -> None:
         """The current task's rows start from 0."""
         self.new_weight.zero_()

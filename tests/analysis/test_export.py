@@ -209,17 +209,18 @@ def test_onnx_gives_the_logits_for_any_number_of_images(gated: Path, routed: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"model_name": "l2p", "pool_size": 4, "top_k": 2}, {"model_name": "litelora"},
+@pytest.mark.parametrize("changes", [{"pool_size": 4, "top_k": 2, "model_name": "l2p"}, {"model_name": "dualprompt"},
+                                     {"model_name": "codaprompt"}, {"model_name": "litelora"},
                                      {"model_name": "joint"}, {"model_name": "finetune_head"}, {"gate": "none"}],
-                         ids=lambda changes: next(reversed(changes.values())) if len(changes) == 1 else "l2p")
+                         ids=lambda changes: next(reversed(changes.values())))
 def test_every_method_as_far_as_a_format_expresses_it(changes: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
     run = run_of(tmp_path / "run", **changes)
     network, images = load_network(run), digits()
     export(run, tmp_path / "script", "torchscript")
     assert torch.allclose(loaded(tmp_path / "script", images, monkeypatch), network(images), atol=1e-5)
-    if changes.get("model_name") == "l2p":
-        assert "'l2p' puts prompts" in refused(run, tmp_path / "timm", "timm")
-        assert "'l2p' puts prompts" in refused(run, tmp_path / "peft", "peft")
+    if (name := changes.get("model_name")) in ("l2p", "dualprompt", "codaprompt"):
+        for other in ("timm", "peft"):
+            assert f"'{name}' puts prompts" in refused(run, tmp_path / other, other)
         if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
             export(run, tmp_path / "onnx", "onnx")
             assert torch.allclose(loaded(tmp_path / "onnx", images, monkeypatch), network(images), atol=1e-4)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.inflora import InfLoRA, directions, grown, quarter
+from models.inflora import InfLoRA, directions, grown
+from models.optimisation import quarter
 from tests.helpers import ROOT, learner_of, small_config, test_images, with_images_in_float64
 from tests.models.plain_adapters import fresh, lora_features
 from utils.config import load_config

@@ -128,6 +128,7 @@ OneSeed = Annotated[
     _one_or_list({"type": "integer", "minimum": 0, "maximum": MAX_SEED}, most=1),
 ]
 Epochs = Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_ascending)]
+Blocks = Annotated[list[Annotated[int, Field(ge=0)]], AfterValidator(_ascending)]
 RankSteps = Annotated[
     list[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]],
     Field(min_length=1),
