@@ -153,7 +153,6 @@ _HEADS = {"linear": {}, "cosine": {}, "aligned": {"align_epochs": 2, "align_samp
 _CASES = [{"gate": gate} for gate in GATES] + [{"inference": "routed", "eval_every": 0}] + [
     {"head": head, **_HEADS[head], **method} for head in HEADS for method in ({}, {"model_name": "finetune_head"})] + [
     {"model_name": "simplecil"}, {"model_name": "joint"}, {"model_name": "l2p"},
-    {"model_name": "mos", "align_epochs": 2}, {"model_name": "tuna", "align_epochs": 2},
     {"model_name": "dualprompt", "general_blocks": [0], "expert_blocks": [0, 1]},
     {"model_name": "codaprompt", "prompt_blocks": [0, 1], "prompt_components": 9, "ortho_mu": 0.1},
     {"growth_rule": "val_loss", "val_fraction": 0.2}, {"growth_rule": "topk"}, {"gate": "none", "growth_rule": "kd"},
