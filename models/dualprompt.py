@@ -40,7 +40,7 @@ class ExpertPool(GrowingPool):
 
     def forward(self, queries: Tensor, own: bool = False) -> tuple[dict[int, Tensor], Tensor]:
         """The prefixes of every block, and the cosine `[b]` of query and chosen key; `own`: the newest task is chosen."""
-        keys, experts, b = self.whole("keys"), self.whole("experts"), len(queries)
+        keys, experts, b = self.whole("keys"), self.whole("experts"), queries.shape[0]  # `len` would be a constant of a trace
         cosines = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T  # (24, 768) @ (768, 10) -> (24, 10)
         if own:
             cosine, expert = cosines[:, -1], experts[-1].expand(b, -1, -1, -1, -1)
@@ -96,8 +96,8 @@ class DualPrompt(PromptLearner):
     def make_room(self, task: int) -> None:
         super().make_room(task)
         experts = self.pool.experts
-        first = self._start((1, *experts.shape[1:]), "expert")
-        self.pool.grow({"experts": experts[-1:] if task else first, "keys": self._start((1, experts.shape[-1]), "key", task)})
+        expert = experts[-1:] if len(experts) else self._start((1, *experts.shape[1:]), "expert")
+        self.pool.grow({"experts": expert, "keys": self._start((1, experts.shape[-1]), "key", task)})
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self.pulled(images, targets, own=True)
