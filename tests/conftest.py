@@ -8,6 +8,7 @@ runs need not be the same.
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,21 @@ def no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "write_pictures", lambda result, folder: [])
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests that are marked slow start processes, but for git, which every run asks for the commit."""
+    if request.node.get_closest_marker("slow"):
+        return
+    start = subprocess.Popen.__init__
+
+    def checked(process: subprocess.Popen, args: object, *rest: object, **options: object) -> None:
+        assert isinstance(args, list) and args[0] == "git", f"a test that starts a process ({args}) is to be marked slow"
+        start(process, args, *rest, **options)
+
+    def refused() -> int:
+        raise AssertionError("a test that starts a process is to be marked slow")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", checked)
+    monkeypatch.setattr(os, "fork", refused, raising=False)
