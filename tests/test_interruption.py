@@ -159,7 +159,7 @@ def test_a_real_signal_to_a_real_process(name: str, tmp_path: Path) -> None:
     for line in process.stdout:
         if line.startswith("Saved: "):
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 143
+    assert process.wait(timeout=300) == 143 and line.startswith("Stopped by SIGTERM")
     assert main(["--config", path]) == 0
     ours, theirs = files(tmp_path), files(tmp_path / "whole")
     assert [task["files"] for task in ours] == [task["files"] for task in theirs]
