@@ -85,13 +85,16 @@ class Search:
             if (changed := path.stat().st_mtime) == current.changed:
                 return False
             current.changed = changed
-            curve = read_sealed_json(path)["metrics"]["top1_curve"]
-            for accuracy in curve[current.reported:]:
-                current.summed += accuracy or 0.0  # None without test images
-                current.attempt.report(current.summed, current.step)
-                current.reported, current.step = current.reported + 1, current.step + 1
-                current.hopeless |= current.step < self._steps() and current.attempt.should_prune()
+            self._report(current, read_sealed_json(path))
         return current.hopeless
+
+    def _report(self, current: _Current, record: dict[str, Any]) -> None:
+        """Tells the pruner the accuracies of a run that it does not know yet."""
+        for accuracy in record["metrics"]["top1_curve"][current.reported:]:
+            current.summed += accuracy or 0.0  # None without test images
+            current.attempt.report(current.summed, current.step)
+            current.reported, current.step = current.reported + 1, current.step + 1
+            current.hopeless |= current.step < self._steps() and current.attempt.should_prune()
 
     def ended(self, run: StudyRun, record: dict[str, Any] | None, failure: str) -> str:
         if failure:
@@ -188,6 +191,8 @@ class Search:
         search, measures = self.book.search, self.study.file.measure
         if record is not None:
             current.records.append(record)
+            if len(measures) == 1:
+                self._report(current, record)  # what came after the last look
         if current.hopeless and (record is None or current.runs):
             search.tell(current.attempt, state=_state("PRUNED"))
         elif record is None and failure:

@@ -4,6 +4,8 @@ import copy
 import hashlib
 import io
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +112,27 @@ def pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "write_pictures", write_pictures)
         yield
+
+
+def refusal(command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence on stderr with which a command refuses its arguments: it must end with status 2."""
+    assert command([str(argument) for argument in arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
+    return text
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Returns once the condition holds; fails if that takes longer."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def once(condition: Callable[[], Any], act: Callable[[], Any]) -> None:
+    """Acts, from a thread, once the condition holds."""
+    threading.Thread(target=lambda: (wait_for(condition), act()), daemon=True).start()
 
 
 class Interrupted(Exception):

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tests.fault_runs import ENVIRONMENT, ROOT, Launcher, Reader, unreadable_fil
 from tests.helpers import LONG
 
 SEED = int(os.environ.get("GCL_FAULT_SEED") or (time.time_ns() % 10**9 if LONG else 5))
-KILLS, FULL_DISKS, SECOND_SIGNALS = (50, 20, 12) if LONG else (6, 3, 2)
+KILLS, FULL_DISKS, SECOND_SIGNALS = (50, 20, 12) if LONG else (6, 2, 2)
 DISK_BYTES = 8 << 20
 
 # Four tasks, of which the gate prunes some, so that head rows are refit; a checkpoint in every third step.
@@ -190,45 +189,42 @@ def test_runs_on_a_full_disk_stop_and_go_on(launcher: Launcher, undisturbed: lis
 
 # ---- signals
 
-def stop_a_process(folder: Path, config: dict, number: signal.Signals, checkpoint: int) -> tuple[int, float, str, str]:
-    """Sends `number` to `python main.py` once it has written so many checkpoints; status, seconds, stdout and stderr."""
-    command = [sys.executable, "main.py", "--config", str(write_config(folder, config))]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None and all(int(path.stem[11:]) < checkpoint for path in folder.glob("checkpoint_*.ckpt")):
-            time.sleep(0.005)
-        sent = time.monotonic()
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, time.monotonic() - sent, out, err
-    finally:
-        process.kill()
-
-
-def test_signals_stop_a_process_in_good_order(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
-    """Three real processes at once, each with a signal of its own at a moment of its own."""
+def test_signals_stop_a_run_in_good_order(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
+    """Each at a moment of its own. tests/test_interruption.py, studies/ and utils/runs/ send them to main.py itself."""
     config, expected = undisturbed[0]
-    statuses, draw = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}, random.Random(SEED)
-    with ThreadPoolExecutor(len(statuses)) as threads:
-        stops = {number: threads.submit(stop_a_process, tmp_path / number.name, config, number, draw.randint(1, 12))
-                 for number in statuses}
-    for number, stop in stops.items():
-        status, seconds, out, err = stop.result()
-        assert (status, err) == (statuses[number], "") and seconds < 10
-        assert f"Stopped by {number.name}" in out.splitlines()[-1]
+    draw = random.Random(SEED)
+    for number, expected_status in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)):
         folder = tmp_path / number.name
+        path = write_config(folder, config)
+        run = launcher.run(path, folder)
+        assert run.wait_until(checkpoints=draw.randint(1, 6))
+        sent = time.monotonic()
+        run.send(number)
+        assert run.end() == (expected_status, "")
+        seconds = time.monotonic() - sent
+        assert seconds < 10
         assert unreadable_files(folder, tmp_path / f"{number.name}.copies") == []
-        assert launcher.run(tmp_path / f"{number.name}.json", folder).end() == (0, "")
+        assert launcher.run(path, folder).end() == (0, "")
         check(folder, expected)
-        print(f"{number.name}: status {status} after {seconds:.2f} s")
+        print(f"{number.name}: after {seconds:.2f} s")
+
+
+def kill_a_process(folder: Path, config: dict, checkpoint: int) -> int:
+    """Kills `python main.py` once it has written so many checkpoints; its status."""
+    command = [sys.executable, "main.py", "--config", str(write_config(folder, config))]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
+    while process.poll() is None and all(int(path.stem[11:]) < checkpoint for path in folder.glob("checkpoint_*.ckpt")):
+        time.sleep(0.005)
+    process.kill()
+    return process.wait()
 
 
 def test_killed_processes_go_on_as_if_nothing_had_happened(launcher: Launcher, undisturbed: list, tmp_path: Path) -> None:
-    """`python main.py` itself, not a fork, killed again and again at a later checkpoint."""
+    """`python main.py` itself, not a fork; in the long form again and again, each time at a later checkpoint."""
     folder = tmp_path / "run"
     config, expected = undisturbed[0]
-    for checkpoint in range(2, 14, 1 if LONG else 5):
-        assert stop_a_process(folder, config, signal.SIGKILL, checkpoint)[0] == -signal.SIGKILL
+    for checkpoint in range(2, 14 if LONG else 3):
+        assert kill_a_process(folder, config, checkpoint) == -signal.SIGKILL
         assert unreadable_files(folder, tmp_path / "copies") == []
     assert launcher.run(tmp_path / "run.json", folder).end() == (0, "")
     check(folder, expected)

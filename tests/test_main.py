@@ -76,12 +76,6 @@ def test_a_bad_config_is_one_line_with_status_2(name: str, words: list[str], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comma.json", "key.json"]
 
 
-@pytest.mark.slow
-def test_a_bad_config_is_told_by_the_process(tmp_path: Path) -> None:
-    status, out, err = ended(start("--config", str(tmp_path / "missing.json")))
-    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and "no such file" in err
-
-
 def test_a_dry_run_on_a_missing_cuda_device_is_json_with_one_warning(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["--config", QUICKSTART, "--device", "0", "--dry-run", "--set", f"filepath={tmp_path / 'run'}"]) == 0

@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR100
 from main import main
 from models import load_network
 from tests.data_files import class_pixels, pack_cifar, write_cifar100, write_class_folders, write_domainnet
-from tests.helpers import ROOT, pictures
+from tests.helpers import ROOT, pictures, refusal
 from tests.tiny_backbone import NAME, TINY
 from tests.utils.config.test_config import OFFICIAL_FILES
 
@@ -165,11 +165,7 @@ def test_more_than_a_hundred_classes_keep_their_tasks_in_integer_order(tmp_path:
 
 
 def refused(capsys, path: Path, *arguments: str) -> str:
-    """The one line on stderr with which main.py ends with status 2."""
-    assert main(["--config", str(path), *arguments]) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and text.startswith("error: ")
-    return text
+    return refusal(main, capsys, "--config", path, *arguments)
 
 
 def test_missing_data_leave_nothing_behind(tmp_path: Path, capsys) -> None:

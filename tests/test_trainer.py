@@ -19,7 +19,7 @@ from main import main
 from models import LEARNERS, load_network
 from models.recipes import GATES
 from models.sdlora import SDLoRA
-from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, small_values, tiny_config
+from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, refusal, small_values, tiny_config
 from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.calibration import Calibration
@@ -34,11 +34,7 @@ def write_config(folder: Path, **changes) -> Path:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """The one sentence on stderr of a command line that must end with status 2."""
-    assert main(list(arguments)) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
-    return text
+    return refusal(main, capsys, *arguments)
 
 
 @pytest.fixture(scope="module")

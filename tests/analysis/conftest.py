@@ -6,7 +6,7 @@ import pytest
 
 from analysis.compare import main
 from analysis.records import Stream, find_runs, group_runs
-from tests.helpers import save, true_record, varied
+from tests.helpers import refusal, save, true_record, varied
 from utils.runs.files import read_sealed_json
 
 SEEDS = range(1993, 1998)
@@ -21,10 +21,7 @@ def streams(*paths: Path, **labels: Path) -> list[Stream]:
 
 def refused(capsys, *arguments: str | Path) -> str:
     """The sentence with which the command refuses."""
-    assert main([str(argument) for argument in arguments]) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
-    return text
+    return refusal(main, capsys, *arguments)
 
 
 @pytest.fixture(scope="session")

@@ -18,30 +18,18 @@ from analysis.report import page as page_module
 from analysis.report.__main__ import main
 from analysis.report.page import GENERATOR, check_output
 from analysis.tables import difference_cells, means_cells
-from tests.helpers import save, true_record, varied
+from tests.helpers import refusal, save, varied
 from utils.results.metrics import forgetting
-from utils.runs.files import read_sealed_json, write_sealed_json
+from utils.runs.files import write_sealed_json
 
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta"}
 HOSTILE = "</script><script>alert(1)</script><img src onerror><b>&\"'"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A finished run on two tasks of the digits, with its files."""
-    folder = tmp_path_factory.mktemp("trained") / "tiny"
-    true_record(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(trained) -> dict[str, Any]:
-    return read_sealed_json(trained / "results.json")
-
-
 @pytest.fixture
 def runs(base, tmp_path) -> Path:
-    """`gated` and `sdlora` over three seeds, as committed records: nothing but the record is there."""
+    """`gated` and `sdlora` over three seeds, as committed records: unlike those of the other tests, nothing but the
+    record is there."""
     for index, seed in enumerate(range(1993, 1996)):
         save(tmp_path / "runs/gated", varied(base, seed, last=62 + 2 * index, adapters=[1, 2, 2]), committed=True)
         save(tmp_path / "runs/sdlora", varied(base, seed, last=60 + index % 2, parameters=3000, gate="none"), committed=True)
@@ -103,10 +91,7 @@ def page_of(tmp_path: Path, *arguments: str | Path) -> Page:
 
 
 def refused(capsys, *arguments: str | Path) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1 and text.startswith("error: ") and "Traceback" not in text
-    return text
+    return refusal(main, capsys, *arguments)
 
 
 # ---- what is on the page

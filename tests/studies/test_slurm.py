@@ -4,14 +4,10 @@ There is no Slurm here: `sbatch` and what belongs to it are scripts on PATH, whi
 Two tests go by submitit's local and debug executors. Runs are a stand-in for main.py.
 """
 
-import json
 import os
 import signal
 import stat
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,35 +18,9 @@ import main as command
 from studies import slurm
 from studies.study import load_study
 from studies.trials import known_trials
-from tests.helpers import ROOT, SMALL
+from tests.helpers import ROOT, once
+from tests.studies.conftest import start, starts, write_study
 from utils.errors import UserError
-
-RUN = """
-import hashlib, json, os, signal, sys, time
-from pathlib import Path
-config = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
-folder, deed = Path(config["filepath"]), config["prefix"]
-stopped = []
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: stopped.append(number))
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "config.json").write_text(json.dumps(config))
-went_on = (folder / "saved").exists()
-(folder / "pid").write_text(str(os.getpid()))
-if deed == "fail":
-    sys.exit("error: the reason")
-if deed == "warned" and not went_on:  # by Slurm itself, as `scancel --signal=USR1` does
-    stopped.append(signal.SIGUSR1)
-while deed == "hang" and not went_on and not stopped and not (folder.parent / "go").exists():
-    time.sleep(0.01)
-if stopped:
-    (folder / "saved").touch()
-    sys.exit({signal.SIGUSR1: 75, signal.SIGTERM: 143}[stopped[0]])
-record = {"finished": True, "config": config, "seed": config["seed"][0], "went_on": went_on, "tasks": [{}],
-          "threads": os.environ["OMP_NUM_THREADS"], "metrics": {"last_accuracy": 50.0, "top1_curve": [50.0]}}
-record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-(folder / "results.json").write_text(json.dumps(record))
-"""
 
 # A job's script is run with what Slurm would have in its environment, again after `scontrol requeue`; as many at a time as the
 # array says. $CLUSTER_STAND_IN holds what happened.
@@ -130,27 +100,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return place
 
 
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    script = tmp_path / "stand_in.py"
-    script.write_text(RUN)
-    monkeypatch.setattr(command, "__file__", str(script))
+@pytest.fixture(autouse=True)
+def poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.1)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    return script
 
 
-def write_study(folder: Path, changes: dict | None = None, **keys) -> Path:
-    """A study of small runs on the digits in `folder`, which writes its runs to `folder/runs`."""
-    (folder / "base.json").write_text(json.dumps({**SMALL, "nb_tasks": 2, **(changes or {})}))
-    path = folder / "study.json"
-    values = {"base": "base.json", "seed": [1, 2, 3], "filepath": str(folder / "runs"), "executor": "slurm", **keys}
-    path.write_text(json.dumps(values))
-    return path
-
-
-def run(path: Path, *arguments: str) -> int:
-    return command.main(["--config", str(path), *arguments])
+def write_jobs(folder: Path, changes: dict | None = None, **keys) -> Path:
+    """As `write_study`: three runs, as jobs of a cluster."""
+    return write_study(folder, changes, **{"seed": [1, 2, 3], "executor": "slurm", **keys})
 
 
 def scripts(cluster: Path) -> list[str]:
@@ -175,18 +132,18 @@ BAD = {
 @pytest.mark.parametrize("keys, words", BAD.values(), ids=BAD)
 def test_bad_keys_are_one_sentence(keys: dict, words: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_study(write_study(tmp_path, **keys))
+        load_study(write_jobs(tmp_path, **keys))
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
 def test_without_slurm_or_submitit_the_study_says_so(tmp_path: Path, stand_in: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run(write_study(tmp_path)) == 2
+    assert start(write_jobs(tmp_path)) == 2
     err = capsys.readouterr().err
     assert "needs the command sbatch" in err and "executor=local" in err and err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert run(write_study(tmp_path)) == 2
+    assert start(write_jobs(tmp_path)) == 2
     err = capsys.readouterr().err
     assert "pip install submitit" in err and err.count("\n") == 1
 
@@ -194,7 +151,7 @@ def test_without_slurm_or_submitit_the_study_says_so(tmp_path: Path, stand_in: P
 @pytest.mark.slow
 def test_what_slurm_refuses_is_one_sentence(tmp_path: Path, stand_in: Path, cluster: Path, capsys) -> None:
     (cluster / "refuse").touch()
-    assert run(write_study(tmp_path, slurm={"partition": "nowhere"})) == 2
+    assert start(write_jobs(tmp_path, slurm={"partition": "nowhere"})) == 2
     err = capsys.readouterr().err
     assert "invalid partition specified: nowhere" in err and "'slurm'" in err and err.count("\n") == 1
 
@@ -204,47 +161,47 @@ def test_what_slurm_refuses_is_one_sentence(tmp_path: Path, stand_in: Path, clus
 
 @pytest.mark.slow
 def test_the_runs_of_a_study_are_one_array(tmp_path: Path, stand_in: Path, cluster: Path, lines: list[str]) -> None:
-    path = write_study(tmp_path, jobs=2, slurm={"partition": "gpu", "minutes": 90, "gpus": 2, "cpus": 3, "memory_gb": 16,
-                                                "notice_seconds": 120, "account": "us", "qos": "low", "constraint": "a100"})
-    assert run(path) == 0
+    path = write_jobs(tmp_path, jobs=2, slurm={"partition": "gpu", "minutes": 90, "gpus": 2, "cpus": 3, "memory_gb": 16,
+                                               "notice_seconds": 120, "account": "us", "qos": "low", "constraint": "a100"})
+    assert start(path) == 0
     (script,) = scripts(cluster)
     for line in ("array=0-2%2", "partition=gpu", "time=90", "gpus-per-node=2", "cpus-per-task=3", "mem=16GB",
                  "signal=USR2@120", "account=us", "qos=low", "constraint=a100", "requeue", "job-name=study"):
         assert f"#SBATCH --{line}\n" in script, line
-    assert sorted((cluster / "log").read_text().split("\n")) == ["", "start 1", "start 2", "start 2"]
+    assert (cluster / "log").read_text().count("start ") == 3
     assert all(each.own_record() for each in load_study(path).runs())
     assert sum(line.startswith("Finished ") for line in lines) == 3 and any("; 0 left" in line for line in lines)
     assert not list(tmp_path.glob("runs/base/*.job"))
-    assert run(path) == 0 and len(scripts(cluster)) == 1  # everything is finished
+    assert start(path) == 0 and len(scripts(cluster)) == 1  # everything is finished
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deed", ["hang", "warned"])
 def test_a_preempted_run_saves_and_goes_on_in_the_next_job(deed: str, tmp_path: Path, stand_in: Path, cluster: Path) -> None:
     """Told by submitit's signal, or by Slurm itself, in which case the run leaves by itself."""
-    path = write_study(tmp_path, {"prefix": deed}, seed=1)
+    path = write_jobs(tmp_path, {"prefix": deed}, seed=1)
     (one,) = load_study(path).runs()
     if deed == "hang":
-        when((one.folder / "pid").exists, lambda: os.kill(int(next(cluster.glob("pid_*")).read_text()), signal.SIGUSR2))
-    assert run(path) == 0
+        once(lambda: starts(one.folder), lambda: os.kill(int(next(cluster.glob("pid_*")).read_text()), signal.SIGUSR2))
+    assert start(path) == 0
     assert one.own_record()["went_on"] and len(scripts(cluster)) == 1
 
 
 @pytest.mark.slow
 def test_slurm_may_preempt_by_itself(tmp_path: Path, stand_in: Path, cluster: Path) -> None:
     """SIGTERM to every process of the job; once the run has saved Slurm ends the job and queues it again."""
-    path = write_study(tmp_path, {"prefix": "hang"}, seed=1)
+    path = write_jobs(tmp_path, {"prefix": "hang"}, seed=1)
     (one,) = load_study(path).runs()
 
     def preempt() -> None:
         (file,) = cluster.glob("pid_*")
-        for pid in (file.read_text(), (one.folder / "pid").read_text()):
+        for pid in (file.read_text(), starts(one.folder)[-1]["pid"]):
             os.kill(int(pid), signal.SIGTERM)
-        when((one.folder / "saved").exists, lambda: (
+        once((one.folder / "saved").exists, lambda: (
             (cluster / file.name.replace("pid", "requeue")).touch(), os.kill(int(file.read_text()), signal.SIGKILL)))
 
-    when((one.folder / "pid").exists, preempt)
-    assert run(path) == 0
+    once(lambda: starts(one.folder), preempt)
+    assert start(path) == 0
     assert one.own_record()["went_on"] and len(scripts(cluster)) == 1
 
 
@@ -255,11 +212,11 @@ def test_failures_and_lost_jobs_are_told(tmp_path: Path, stand_in: Path, cluster
 
     monkeypatch.setattr(SlurmJob, "_results_timeout_s", 0)
     monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 0)
-    path = write_study(tmp_path, variants={"bad": {"prefix": "fail"}, "lost": {"prefix": "hang"}}, seed=1)
+    path = write_jobs(tmp_path, variants={"bad": {"prefix": "fail"}, "lost": {"prefix": "hang"}}, seed=1)
     _, lost = load_study(path).runs()
-    when((lost.folder / "pid").exists,
+    once(lambda: starts(lost.folder),
          lambda: os.kill(int(next(cluster.glob("pid_*_1")).read_text()), signal.SIGKILL))
-    assert run(path) == 1
+    assert start(path) == 1
     failed = sorted(line for line in lines if line.startswith("Failed: "))
     assert failed[0].startswith("Failed: bad seed 1: exit status 1, error: the reason (log ")
     assert failed[1].startswith("Failed: lost seed 1: job ") and "ended as FAILED without an exit status" in failed[1]
@@ -268,14 +225,14 @@ def test_failures_and_lost_jobs_are_told(tmp_path: Path, stand_in: Path, cluster
 @pytest.mark.slow
 def test_a_stopped_study_leaves_its_jobs_and_finds_them_again(
         tmp_path: Path, stand_in: Path, cluster: Path, lines: list[str]) -> None:
-    path = write_study(tmp_path, {"prefix": "hang"}, seed=[1, 2])
+    path = write_jobs(tmp_path, {"prefix": "hang"}, seed=[1, 2])
     runs = load_study(path).runs()
-    when(lambda: all((each.folder / "pid").exists() for each in runs), lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert run(path) == 130
+    once(lambda: all(starts(each.folder) for each in runs), lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert start(path) == 130
     assert any("2 jobs go on without this command" in line and "scancel" in line for line in lines)
     lines.clear()
-    when(lambda: sum("already" in line for line in lines) >= 3, (runs[0].folder.parent / "go").touch)
-    assert run(path) == 0 and len(scripts(cluster)) == 1
+    once(lambda: sum("already" in line for line in lines) >= 3, (tmp_path / "go").touch)
+    assert start(path) == 0 and len(scripts(cluster)) == 1
     assert all(each.own_record() for each in runs)
 
 
@@ -287,8 +244,8 @@ def test_processes_of_a_search_are_one_array(tmp_path: Path, stand_in: Path, clu
     worker.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main, studies.search\n"
                       f"main.__file__, studies.search.LOOK_SECONDS = {str(stand_in)!r}, 0.1\nsys.exit(main.main())\n")
     command.__file__ = str(worker)
-    path = write_study(tmp_path, seed=1, search={"rank": [2, 3, 4]}, trials=4, jobs=2, report_seed=2)
-    assert run(path, "--set", "epochs=2") == 0
+    path = write_jobs(tmp_path, seed=1, search={"rank": [2, 3, 4]}, trials=4, jobs=2, report_seed=2)
+    assert start(path, "--set", "epochs=2") == 0
     (script,) = scripts(cluster)
     assert "#SBATCH --array=0-1%2\n" in script and sum(line.startswith("Finished  process") for line in lines) == 2
     study = load_study(path, ["epochs=2"])
@@ -301,21 +258,6 @@ def test_processes_of_a_search_are_one_array(tmp_path: Path, stand_in: Path, clu
 def test_submitits_own_executors(kind: str, tmp_path: Path, stand_in: Path, monkeypatch) -> None:
     monkeypatch.setattr(slurm, "CLUSTER", kind)
     monkeypatch.chdir(ROOT)
-    path = write_study(tmp_path, {"prefix": "warned" if kind == "local" else ""}, seed=[1, 2])
-    assert run(path) == 0
+    path = write_jobs(tmp_path, {"prefix": "warned" if kind == "local" else ""}, seed=[1, 2])
+    assert start(path) == 0
     assert [each.own_record()["went_on"] for each in load_study(path).runs()] == [kind == "local"] * 2
-
-
-# ---- helpers
-
-
-def when(condition: Callable[[], bool], act: Callable[[], None]) -> None:
-    """Acts in a thread once the condition holds."""
-    def watch() -> None:
-        end = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        act()
-
-    threading.Thread(target=watch, daemon=True).start()

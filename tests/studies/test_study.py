@@ -1,80 +1,21 @@
-"""Studies: what a file stands for, what is wrong with one, and a runner that skips, goes on, and survives its runs.
-
-Most runs here are a stand-in for main.py that writes the record of a run within milliseconds; the last tests run main.py.
-"""
+"""Studies: what a file stands for, what is wrong with one, and committed records, which count as finished runs."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import main as command
-from backbone.embedded import EMBEDDED
-from studies import job
 from studies.file import _MARKS
 from studies.study import is_study, load_study
 from studies.study import main as study_command
 from tests.helpers import ROOT, SMALL
-from utils.config import Config, config_from_dict, load_config
+from tests.studies.conftest import start, starts, write_study
+from utils.config import Config, config_from_dict
 from utils.errors import UserError
-from utils.runs.files import read_sealed_json, write_sealed_json
-from utils.runs.lock import lock
+from utils.runs.files import write_sealed_json
 
 SHIPPED = sorted((ROOT / "exps" / "studies").glob("*.json"))
-
-# Stands in for main.py: what it does is in the config's `prefix`, when and how it did it in `trace`.
-STAND_IN = """
-import hashlib, json, os, signal, sys, time
-from pathlib import Path
-config = json.loads(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
-folder, deed = Path(config["filepath"]), config["prefix"]
-stopped = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: stopped.append(number))
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "config.json").write_text(json.dumps(config))
-trace = {"begin": time.time(), "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"], "device": config["device"]}
-(folder / "trace").write_text(json.dumps(trace))
-print("on stdout")
-if deed == "fail":
-    sys.exit("first line\\nerror: the reason")
-if deed == "die":
-    os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0.2)
-while deed == "hang" and not stopped and not (folder.parent / "go").exists():
-    time.sleep(0.01)
-if stopped:
-    (folder / "saved").touch()
-    sys.exit(128 + stopped[0])
-record = {"finished": True, "config": config, "seed": config["seed"][0], "metrics": {"last_accuracy": 50.0}}
-record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-(folder / "results.json").write_text(json.dumps(record))
-(folder / "trace").write_text(json.dumps({**trace, "end": time.time()}))
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
-    monkeypatch.setattr(command, "__file__", str(script))
-    return script
-
-
-def write_study(folder: Path, changes: dict | None = None, **keys) -> Path:
-    """A study of small runs on the digits in `folder`, which writes its runs to `folder/runs`."""
-    (folder / "base.json").write_text(json.dumps({**SMALL, "nb_tasks": 2, **(changes or {})}))
-    path = folder / "study.json"
-    values = {"base": "base.json", "seed": [1, 2], "filepath": str(folder / "runs"), **keys}
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
-    return path
 
 
 def refused(path: Path, overrides: tuple[str, ...] = (), **flags) -> str:
@@ -82,10 +23,6 @@ def refused(path: Path, overrides: tuple[str, ...] = (), **flags) -> str:
         load_study(path, overrides, **flags)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def trace(run) -> dict:
-    return json.loads((run.folder / "trace").read_text())
 
 
 # ---- what a file stands for
@@ -250,178 +187,10 @@ def test_a_bad_study_is_one_sentence(keys: dict, words: list[str], tmp_path: Pat
     ({"model_name": "simplecil", "rank": 4, "gate": "sparsemax"}, '"simplecil"'), ({"rank": 0}, "'rank'")])
 def test_nothing_starts_when_one_config_is_bad(changes: dict, word: str, tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path, variants={"good": {}, "bad": changes})
-    assert command.main(["--config", str(path)]) == 2
+    assert start(path) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and word in err
     assert sorted(item.name for item in tmp_path.iterdir()) == ["base.json", "stand_in.py", "study.json"]
-
-
-# ---- the runner, with a stand-in for main.py
-
-
-@pytest.mark.slow
-def test_runs_are_made_skipped_and_made_again(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
-    path = write_study(tmp_path, grid={"rank": [2, 3]})
-    assert command.main(["--config", str(path)]) == 0
-    runs = load_study(path).runs()
-    records, begun = [run.record() for run in runs], [trace(run)["begin"] for run in runs]
-    assert [(record["config"]["rank"], record["seed"]) for record in records] == [(2, 1), (3, 1), (2, 2), (3, 2)]
-    assert begun == sorted(begun) and sum(line.startswith("Finished ") for line in lines) == 4
-    assert "Finished  rank=3 seed 2" in lines[-2] and "last accuracy 50.00; 0 left" in lines[-2]
-    assert lines[-1] == f"Compare: python -m analysis.compare {path}"
-    assert (runs[0].folder.parent / "seed_1.log").read_text() == "on stdout\n"
-    assert not (runs[0].folder.parent / "seed_1.err").exists()
-    assert load_config(runs[0].folder.parent / "seed_1.config.json") == runs[0].config  # runs by itself, too
-
-    (runs[2].folder / "results.json").unlink()
-    lines.clear()
-    assert command.main(["--config", str(path)]) == 0
-    assert [trace(run)["begin"] == at for run, at in zip(runs, begun, strict=True)] == [True, True, False, True]
-    assert "3 finished already" in lines[0]
-    lines.clear()
-    assert command.main(["--config", str(path)]) == 0 and not any("Started" in line for line in lines)
-
-    assert command.main(["--config", str(path), "--overwrite"]) == 0
-    assert all(trace(run)["begin"] != at and run.folder.with_name(f"{run.folder.name}.old-1").is_dir()
-               for run, at in zip(runs, begun, strict=True))
-
-
-@pytest.mark.slow
-def test_failures_do_not_stop_the_others(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
-    path = write_study(tmp_path, seed=1, jobs=2,
-                       variants={name: {"prefix": name} for name in ("fail", "die", "good")})
-    assert command.main(["--config", str(path)]) == 1
-    fail, die, good = load_study(path).runs()
-    assert good.record() and not fail.record() and not die.record()
-    summary = [line for line in lines if line.startswith("Failed: ")]
-    assert [line.split(" (log")[0] for line in sorted(summary)] == [
-        "Failed: die seed 1: killed by SIGKILL, nothing on stderr", "Failed: fail seed 1: exit status 1, error: the reason"]
-    assert (fail.folder.parent / "seed_1.err").read_text() == "first line\nerror: the reason\n"
-
-
-@pytest.mark.slow
-def test_a_run_of_another_config_in_the_way_is_refused(tmp_path: Path, stand_in: Path, capsys) -> None:
-    path = write_study(tmp_path)
-    assert command.main(["--config", str(path)]) == 0
-    for arguments in (["--set", "epochs=3"], ["--set", "epochs=3", "--dry-run"]):
-        assert command.main(["--config", str(path), *arguments]) == 2
-        err = capsys.readouterr().err
-        assert "another config" in err and "epochs (there 1, now 3)" in err and err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_as_many_at_a_time_as_jobs_say_with_their_share_of_threads(tmp_path: Path, stand_in: Path, monkeypatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(job, "cores", lambda: 7)
-    path = write_study(tmp_path, seed=[1, 2, 3, 4, 5], jobs=3)
-    assert command.main(["--config", str(path)]) == 0
-    traces = [trace(run) for run in load_study(path).runs()]
-    at_once = [sum(other["begin"] <= one["begin"] < other["end"] for other in traces) for one in traces]
-    assert max(at_once) <= 3 and {one["threads"] for one in traces} == {"2"}
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert command.main(["--config", str(path), "--seed", "6"]) == 0
-    assert trace(load_study(path, seed=[6]).runs()[0])["threads"] == "5"
-
-
-@pytest.mark.slow
-def test_as_many_runs_as_jobs_are_under_way(tmp_path: Path, stand_in: Path) -> None:
-    """Every run waits until all three have begun."""
-    path = write_study(tmp_path, {"prefix": "hang"}, seed=[1, 2, 3], jobs=3)
-    runs = load_study(path).runs()
-    opener = threading.Thread(target=lambda: (wait_for(lambda: all((run.folder / "trace").exists() for run in runs)),
-                                              (runs[0].folder.parent / "go").touch()))
-    opener.start()
-    assert command.main(["--config", str(path)]) == 0
-    opener.join()
-
-
-@pytest.mark.slow
-def test_runs_are_dealt_out_over_the_devices(tmp_path: Path, stand_in: Path) -> None:
-    path = write_study(tmp_path, {"prefix": "hang", "device": ["0", "cuda:2"]}, seed=[1, 2, 3, 4], jobs=4)
-    runs = load_study(path).runs()
-    opener = threading.Thread(target=lambda: (wait_for(lambda: all((run.folder / "trace").exists() for run in runs)),
-                                              (runs[0].folder.parent / "go").touch()))
-    opener.start()
-    assert command.main(["--config", str(path)]) == 0
-    opener.join()
-    assert sorted(trace(run)["device"] for run in runs) == [["0"], ["0"], ["2"], ["2"]]
-
-
-def test_two_studies_on_one_folder(tmp_path: Path, stand_in: Path, capsys) -> None:
-    path = write_study(tmp_path)
-    with lock(tmp_path / "runs"):
-        assert command.main(["--config", str(path)]) == 2
-    err = capsys.readouterr().err
-    assert str(tmp_path / "runs") in err and f"process {os.getpid()} " in err and err.count("\n") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, status, overwrite", [(signal.SIGINT, 130, []), (signal.SIGTERM, 143, ["--overwrite"])])
-def test_a_signal_has_the_runs_save_and_the_same_command_goes_on(
-        number: signal.Signals, status: int, overwrite: list[str], tmp_path: Path, stand_in: Path, lines: list[str],
-        capsys) -> None:
-    path = write_study(tmp_path, {"prefix": "hang"}, seed=[1, 2, 3], jobs=2)
-    runs = load_study(path).runs()
-    signal_when(lambda: all((run.folder / "trace").exists() for run in runs[:2]), number)
-    assert command.main(["--config", str(path), *overwrite]) == status
-    assert all((run.folder / "saved").exists() and not alive(trace(run)["pid"]) for run in runs[:2])
-    without = "without --overwrite " if overwrite else ""
-    assert not runs[2].folder.exists() and lines[-1].endswith(f"the same command {without}goes on from here.")
-    assert sum(line.startswith("Stopped   ") for line in lines) == 2 and not any("Failed" in line for line in lines)
-    capsys.readouterr()
-    assert command.main(["--config", str(path), "--dry-run"]) == 0
-    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["begun", "begun", "to do"]
-    (runs[0].folder.parent / "go").touch()
-    assert command.main(["--config", str(path)]) == 0
-    assert all(run.record() for run in runs)
-
-
-@pytest.mark.slow
-def test_an_error_of_the_runner_leaves_no_run_behind(tmp_path: Path, stand_in: Path, capsys) -> None:
-    """The second run's folder cannot be made; the first is told to save and end."""
-    path = write_study(tmp_path, {"prefix": "hang"}, grid={"rank": [2, 3]}, seed=1, jobs=2)
-    first, _ = load_study(path).runs()
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "rank=3").write_text("in the way")
-    assert command.main(["--config", str(path)]) == 2
-    assert "rank=3" in capsys.readouterr().err
-    assert not (first.folder / "trace").exists() or not alive(trace(first)["pid"])
-
-
-PARENT = """
-import sys
-from studies.runner import perform
-from studies.study import load_study
-perform(load_study(sys.argv[2]), [sys.executable, sys.argv[1]])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
-def test_runs_of_a_killed_study_save_and_end(tmp_path: Path, stand_in: Path) -> None:
-    path = write_study(tmp_path, {"prefix": "hang"}, jobs=2)
-    runs = load_study(path).runs()
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(stand_in), str(path)], cwd=ROOT)
-    wait_for(lambda: all((run.folder / "trace").exists() for run in runs))
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: all((run.folder / "saved").exists() and not alive(trace(run)["pid"]) for run in runs))
-    (runs[0].folder.parent / "go").touch()
-    assert command.main(["--config", str(path)]) == 0
-
-
-@pytest.mark.slow
-def test_dry_run_lists_the_runs_and_starts_nothing(tmp_path: Path, stand_in: Path, capsys) -> None:
-    path = write_study(tmp_path, grid={"rank": [2, 3]}, jobs=2)
-    assert command.main(["--config", str(path), "--dry-run"]) == 0
-    title, *table = capsys.readouterr().out.splitlines()
-    assert "4 runs" in title and "0 finished" in title and not (tmp_path / "runs").exists()
-    assert [line.split() for line in table[:2]] == [["to", "do", "rank=2", "seed", "1", "rank=2"],
-                                                    ["to", "do", "rank=3", "seed", "1", "rank=3"]]
-    assert command.main(["--config", str(path), "--seed", "1"]) == 0
-    capsys.readouterr()
-    assert command.main(["--config", str(path), "--dry-run"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["finished", "finished", "to", "to"]
 
 
 # ---- committed records
@@ -430,18 +199,18 @@ def test_dry_run_lists_the_runs_and_starts_nothing(tmp_path: Path, stand_in: Pat
 @pytest.mark.slow
 def test_collected_records_count_as_finished(tmp_path: Path, stand_in: Path, capsys) -> None:
     path = write_study(tmp_path, results="records")
-    assert command.main(["--config", str(path), "--seed", "1"]) == 0
+    assert start(path, "--seed", "1") == 0
     capsys.readouterr()
     assert study_command(["collect", str(path)]) == 0
     assert "1 records copied" in (out := capsys.readouterr().out) and "of 2 runs 1 have none" in out
     first, second = load_study(path).runs()
     assert first.recorded.read_bytes() == (first.folder / "results.json").read_bytes()
 
-    elsewhere = ["--config", str(path), "--set", f"filepath={tmp_path / 'else'}"]
-    assert command.main([*elsewhere, "--device", "0", "--set", "num_workers=3"]) == 0  # these change no result
+    elsewhere = ["--set", f"filepath={tmp_path / 'else'}"]
+    assert start(path, *elsewhere, "--device", "0", "--set", "num_workers=3") == 0  # these change no result
     first, second = load_study(path, [f"filepath={tmp_path / 'else'}"]).runs()
-    assert not first.folder.exists() and first.record() and (second.folder / "trace").exists()
-    assert command.main([*elsewhere, "--overwrite"]) == 0 and (first.folder / "trace").exists()
+    assert not first.folder.exists() and first.record() and starts(second.folder)
+    assert start(path, *elsewhere, "--overwrite") == 0 and starts(first.folder)
 
 
 def test_a_record_older_than_a_key_has_its_default(tmp_path: Path) -> None:
@@ -461,11 +230,11 @@ def test_a_record_of_something_else_is_refused(
         change: Callable[[dict], None], words: list[str], tmp_path: Path, stand_in: Path, capsys) -> None:
     run = recorded(tmp_path, change)
     for arguments in ([], ["--dry-run"]):
-        assert command.main(["--config", str(tmp_path / "study.json"), *arguments]) == 2
+        assert start(tmp_path / "study.json", *arguments) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and all(word in err for word in [str(run.recorded), *words]), err
     assert not (tmp_path / "runs").exists()
-    assert command.main(["--config", str(tmp_path / "study.json"), "--set", "results=null"]) == 0
+    assert start(tmp_path / "study.json", "--set", "results=null") == 0
     assert study_command(["collect", str(tmp_path / "study.json")]) == 2
     assert str(run.recorded) in capsys.readouterr().err
 
@@ -482,52 +251,6 @@ def test_collect_says_what_is_missing(tmp_path: Path, capsys) -> None:
     assert "'results'" in capsys.readouterr().err
     assert study_command(["collect", str(tmp_path / "base.json")]) == 2
     assert "not a study" in capsys.readouterr().err
-
-
-# ---- with main.py itself
-
-
-@pytest.mark.slow
-def test_a_real_run_interrupted_in_the_middle_ends_when_started_again(tmp_path: Path, lines: list[str], monkeypatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    base = {"checkpoint_steps": 1, "eval_every": 0, "backbone_type": EMBEDDED}
-    path = write_study(tmp_path, base, grid={"growth_threshold": [0.05]}, seed=1, results="records")
-    (run,) = load_study(path).runs()
-    signal_when(lambda: any(run.folder.glob("checkpoint_*.ckpt")), signal.SIGINT)
-    assert command.main(["--config", str(path)]) == 130
-    assert run.record() is None and any(run.folder.glob("checkpoint_*.ckpt"))
-    assert command.main(["--config", str(path)]) == 0
-    assert "Continuing" in (run.folder.parent / "seed_1.log").read_text()
-    record = run.record()
-    assert len(record["tasks"]) == 2 and record["config"] == run.config.model_dump(mode="json")
-    assert f"last accuracy {record['metrics']['last_accuracy']:.2f}; 0 left" in lines[-2]
-    assert study_command(["collect", str(path)]) == 0 and read_sealed_json(run.recorded) == record
-
-
-# ---- helpers
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def signal_when(condition: Callable[[], bool], number: signal.Signals) -> None:
-    """Sends this process the signal once the condition holds."""
-    def watch() -> None:
-        wait_for(condition)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def recorded(folder: Path, change: Callable[[dict], None]):

@@ -26,7 +26,8 @@ from tests.tiny_backbone import MAIN, TINY
 from utils.config import known_keys
 from utils.data import sets
 
-CASES, PROCESSES = (2000, 40) if LONG else (200, 4)
+CASES, PROCESSES = (2000, 40) if LONG else (200, 2)
+AT_ONCE = 4 if LONG else 2
 OFFLINE = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", "HF_HUB_OFFLINE": "1"}
 NAME = "mutated_config.json"
 
@@ -157,11 +158,11 @@ def test_mutated_configs_run_dry_or_are_refused(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=PROCESSES // 4, deadline=None, derandomize=not LONG, database=None, phases=[Phase.generate],
+@settings(max_examples=PROCESSES // AT_ONCE, deadline=None, derandomize=not LONG, database=None, phases=[Phase.generate],
           suppress_health_check=list(HealthCheck))
-@given(drawn=st.lists(cases(), min_size=4, max_size=4))
+@given(drawn=st.lists(cases(), min_size=AT_ONCE, max_size=AT_ONCE))
 def test_mutated_configs_as_processes(drawn: list[Case]) -> None:
-    """Four at once, since most of it is loading torch; what they say is what `main` says in this process."""
+    """Some at once, since most of it is loading torch; what they say is what `main` says in this process."""
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for number, case in enumerate(drawn):

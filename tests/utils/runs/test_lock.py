@@ -64,7 +64,7 @@ def start(script: str, folder: Path) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen) -> None:
     process.kill()
-    process.wait(30)
+    process.wait(120)
     process.stdout.close()
 
 
@@ -116,7 +116,7 @@ def test_a_child_that_ends_does_not_free_the_folder_of_its_parent(tmp_path: Path
         assert os.waitpid(child, 0)[1] == 0
         rival = start(OWNER, tmp_path)
         assert rival.stdout.readline() == ""
-        assert rival.wait(30) == 1
+        assert rival.wait(120) == 1
         rival.stdout.close()
 
 
