@@ -16,7 +16,6 @@ from backbone import FrozenViT, create_backbone
 from models import LEARNERS
 from utils.config import Config, config_warnings, title_of
 from utils.data import load_datasets
-from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.results.metrics import ClassCounts, TaskCounts, kept_set, summary, tally_classes, tally_predictions
@@ -107,7 +106,7 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
         num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains,
-        order_seed=config.order_seed)
+        order_seed=config.order_seed, scenario=config.scenario)
     return backbone, data
 
 
@@ -307,20 +306,18 @@ class Run:
         on_main(self.checkpoints.remove_all)
 
     def _counts(self, title: str, whole: bool = False) -> tuple[TaskCounts, ClassCounts]:
-        seen = range(self.stream.seen_classes(self.learner.task))
-        tasks = int(self.data.task_of_class[seen[-1]]) + 1
-        task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
+        tasks, size = self.stream.tasks_learned(self.learner.task), self.config.batch_size
+        seen = self.data.seen_classes(tasks - 1)
         tally = torch.zeros(len(fields(TaskCounts)), tasks, dtype=torch.long, device=self.device)
-        by_class = torch.zeros(len(seen), 1 + tasks, dtype=torch.long, device=self.device)
+        by_class = torch.zeros(seen, 1 + tasks, dtype=torch.long, device=self.device)
         self.learner.start_evaluation()
-        size = self.config.batch_size
-        batches = self.data.eval_batch_count("test", seen, size)
-        for number, (images, labels) in enumerate(self.data.eval_batches("test", seen, size, distributed.part())):
+        batches = self.data.test_batch_count(tasks - 1, size)
+        for number, (images, labels, owners) in enumerate(self.data.test_batches(tasks - 1, size, distributed.part())):
             self.work(title, number, batches, whole)
             if len(labels):
                 logits = self.learner.predict(images)
-                tally += tally_predictions(logits, labels, task_of_class, tasks)
-                by_class += tally_classes(logits, labels, task_of_class, tasks)
+                tally += tally_predictions(logits, labels, owners, tasks)
+                by_class += tally_classes(logits, labels, owners, tasks)
         distributed.add_up(tally, by_class)
         return TaskCounts.of(tally), ClassCounts.of(by_class)  # the only reads of the device
 
@@ -344,10 +341,10 @@ class Run:
     def _metrics(self) -> dict[str, Any]:
         metrics = summary([TaskCounts(**record["counts"]) for record in self.records])
         decided = self.records and all(record["kept"] is not None for record in self.records)
-        if self.stream.task_domains and decided:
+        needed = self.stream.needed_adapters(len(self.records))
+        if needed and decided:
             metrics["kept_set"] = kept_set(
-                first_appearances(self.stream.task_domains[:len(self.records)]),
-                [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
+                needed, [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
                 [record["beta"] for record in self.records])
         return metrics
 

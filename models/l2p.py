@@ -89,6 +89,7 @@ class L2P(GradientLearner):
     """
 
     reads_class_token_alone = False
+    scenarios = ("class", "domain")
 
     class Keys(GradientLearner.Keys):
         """Prompts of L2P"""

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.heads.linear import GrowingHead
+from backbone.heads.linear import GrowingHead, placed
 from utils.config import Config, KeyGroup, key
 
 
@@ -15,7 +15,8 @@ class CosineHead(GrowingHead):
 
     scale: s, one scalar for all classes, begins at `cosine_scale`, is trained with task 0 and then fixed: every later task
     meets the same temperature, and no old logit moves by it. weight: `s w / ||w||`, so that a product with unit features
-    gives the logits; bias: zeros, there because the file of a head has one.
+    gives the logits; bias: zeros, there because the file of a head has one. The mean of a row over tasks is that of its
+    directions.
     """
 
     class Keys(KeyGroup):
@@ -43,11 +44,13 @@ class CosineHead(GrowingHead):
     def commit(self) -> None:
         super().commit()
         self.scale.requires_grad_(False)
+        if self.share < 1:  # a mean of directions is shorter than they are
+            self.weight = self.scale.detach() * F.normalize(self.weight)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         if self.new_weight is None:
             return self.weight, self.bias
-        weight = torch.cat([self.weight, (self.scale * F.normalize(self.new_weight)).detach()])
+        weight = placed(self.weight, (self.scale * F.normalize(self.new_weight)).detach(), self.first)
         return weight, weight.new_zeros(len(weight))
 
     def current_logits(self, features: Tensor) -> Tensor:

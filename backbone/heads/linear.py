@@ -23,10 +23,14 @@ class GrowingHead(Component, nn.Module):
     weight `[classes, d]`, bias `[classes]`: rows of all finished tasks, in the order of the stream. new_weight, new_bias:
     the current task's rows, None between tasks.
 
-    A task goes: `grow`, training through `current_logits`, `commit`, then `collect` over the task's training images in the
+    A task goes: `begin`, training through `current_logits`, `commit`, then `collect` over the task's training images in the
     network as it will be evaluated, and `absorb` of what was collected. The last two do nothing for a linear head; a head
     that keeps statistics keeps them in the buffers named in `STATISTICS`. They are those of the network at the end of
     their task: later tasks move the features, and the statistics do not follow.
+
+    Where classes come back in another domain, a class still has one row. first: the first class of the current task if it has
+    come before, None for classes behind all others; visits: how many tasks have its classes, before it and in all; share:
+    what part of a row that was there gives way to the current one when that joins it.
     """
 
     kind = "linear"
@@ -41,8 +45,29 @@ class GrowingHead(Component, nn.Module):
         self.register_buffer("bias", torch.zeros(0))
         self.new_weight: nn.Parameter | None = None
         self.new_bias: nn.Parameter | None = None
+        self.first: int | None = None
+        self.visits, self.share = (0, 1), 1.0
 
     # ---- life of a task
+
+    def begin(self, classes: range, visits: tuple[int, int], anew: bool, generator: torch.Generator) -> None:
+        """Trainable rows for `classes`, all of them new or all of them back.
+
+        Rows of classes that come back go on from where they are and are replaced at the end. With `anew` they start like the
+        first ones did, and what joins them makes them the mean over the tasks.
+        """
+        earlier, self.visits = visits[0], visits
+        self.first, self.share = (classes.start, 1 / (earlier + 1) if anew else 1.0) if earlier else (None, 1.0)
+        self.grow(len(classes), generator)
+        if earlier and not anew:
+            self.go_on(classes)
+
+    @torch.no_grad()
+    def go_on(self, classes: range) -> None:
+        """The current rows start from those that `classes` have."""
+        self.new_weight.copy_(self.weight[classes.start:classes.stop])
+        if self.new_bias is not None:
+            self.new_bias.copy_(self.bias[classes.start:classes.stop])
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
         """New trainable rows for `classes` classes: weights from U(-sqrt(3 / d), sqrt(3 / d)), a variance of 1 / d, and biases
@@ -66,7 +91,10 @@ class GrowingHead(Component, nn.Module):
     @torch.no_grad()
     def commit(self) -> None:
         """The current rows join the fixed ones."""
-        self.weight, self.bias = self.rows()
+        weight, bias = self.rows()
+        if self.share < 1:  # rows of other classes are the same on both sides, and stay
+            weight, bias = (torch.lerp(old, new, self.share) for old, new in ((self.weight, weight), (self.bias, bias)))
+        self.weight, self.bias = weight, bias
         self.new_weight = self.new_bias = None
 
     def collect(self, features: Features, classes: int) -> list[Tensor]:
@@ -81,10 +109,11 @@ class GrowingHead(Component, nn.Module):
     # ---- logits
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Weight `[classes, d]` and bias `[classes]` of every class so far, detached."""
+        """Weight `[classes, d]` and bias `[classes]` of every class so far, detached; the current task's as they are."""
         if self.new_weight is None:
             return self.weight, self.bias
-        return (torch.cat([self.weight, self.new_weight.detach()]), torch.cat([self.bias, self.new_bias.detach()]))
+        return (placed(self.weight, self.new_weight.detach(), self.first),
+                placed(self.bias, self.new_bias.detach(), self.first))
 
     def current_logits(self, features: Tensor) -> Tensor:
         """Logits `[b, c]` of the current task's classes alone: old rows get no gradient."""
@@ -101,7 +130,8 @@ class GrowingHead(Component, nn.Module):
         """Rows as detached copies, statistics as they are (they are replaced, never written to); `restore` takes it back."""
         rows = {name: getattr(self, name) for name in self._ROWS}
         return {name: None if tensor is None else tensor.detach().clone() for name, tensor in rows.items()} | {
-            name: getattr(self, name) for name in self.STATISTICS}
+            name: getattr(self, name) for name in self.STATISTICS} | {
+            "first": self.first, "visits": list(self.visits), "share": self.share}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The head as it was at `snapshot`."""
@@ -110,6 +140,7 @@ class GrowingHead(Component, nn.Module):
             setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
         for name in self.STATISTICS:
             setattr(self, name, state[name].to(self.weight.device))
+        self.first, self.visits, self.share = state["first"], tuple(state["visits"]), state["share"]
 
     def as_linear(self) -> tuple[Tensor, Tensor] | None:
         """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks;
@@ -124,3 +155,10 @@ class GrowingHead(Component, nn.Module):
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         """The head that predicts as the one did whose `to_file` gave `tensors`."""
         self.weight, self.bias = tensors["weight"], tensors["bias"]
+
+
+def placed(old: Tensor, new: Tensor, first: int | None) -> Tensor:
+    """Rows `old` `[classes, ...]` with `new` ones behind them, or in the place of those from row `first` on."""
+    if first is None:
+        return torch.cat([old, new])
+    return torch.cat([old[:first], new, old[first + len(new):]])
