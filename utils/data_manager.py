@@ -1,8 +1,9 @@
 """The stream of tasks: order of the classes, splits, and batches of each task.
 
-A task has classes, and in some streams a domain (utils/data/tasks.py). Classes are renumbered in the order in which they arrive: "stream labels" 0, 1, 2, ... Everything here that is
-random is keyed by the seed and by what it is for (utils/rng.py), so that neither the number of evaluations
-nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 and I10).
+A task has classes, and in some streams a domain (utils/data/tasks.py). Classes are renumbered in the order in which they
+arrive: "stream labels" 0, 1, 2, ... Everything here that is random is keyed by the seed and by what it is for (utils/rng.py),
+so that neither the number of evaluations nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 and
+I10).
 """
 
 import hashlib
@@ -45,9 +46,9 @@ class DataManager:
     every task, or "domain", the first `init_cls` classes in every task and another domain: those of `task_domains`, by default
     all that the data set has of its own.
 
-    tasks: which classes each task has. class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
-    order. task_sizes: classes of each task. task_of_class: the task that brings each class, int64 `[classes in the stream]`.
-    bad_images: files that were left out.
+    tasks: which classes each task has. class_order: natural labels of the stream's classes in their order. class_names: their
+    names, in the same order. task_sizes: classes of each task. task_of_class: the task that brings each class, int64
+    `[classes in the stream]`. bad_images: files that were left out.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class DataManager:
                 raise UserError(f"data_path: no image of class '{name}' can be decoded; get the data set again.")
         return usable
 
-    def _of_cells(self, members: list[np.ndarray], split: int, own: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    def _of_cells(self, members: list[np.ndarray], split: int, own: dict[str, tuple[np.ndarray, np.ndarray]]
+                  ) -> list[np.ndarray]:
         """The images of every cell, from those of each class in a split (0 training, 1 test): all of its class, or where the
         data set has domains of its `own` those of the task's domain."""
         cells = [members[label] for label in self.tasks.label_of_cell]
@@ -128,8 +130,8 @@ class DataManager:
                  for images, domain in zip(cells, domains, strict=True)]
         for images, label, domain in zip(found, self.tasks.label_of_cell, domains, strict=True):
             if len(images) == 0:
-                raise UserError(f"task_domains: class '{self.class_names[label]}' has no image of the domain '{domain}'; choose "
-                                f"another order or domain.")
+                raise UserError(f"task_domains: class '{self.class_names[label]}' has no image of the domain '{domain}'; "
+                                f"choose another order or domain.")
         return found
 
     def _hold_out(self, members: list[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -22,9 +22,9 @@ class AlignedHead(GrowingHead):
 
     Every row is trained against every other, though the tasks' images are gone.
 
-    Statistics, per class, and where classes come back for each of them in every task: means `[classes, d]` and covariances `[classes, P]` (divisor `n - 1`, lower triangle row by row),
-    float32. sizes: classes of each task. The Gaussians of later visits stand behind those of earlier ones, in the order of the
-    classes; a class's samples then come from all of its Gaussians.
+    Statistics, per class: means `[classes, d]` and covariances `[classes, P]` (divisor `n - 1`, lower triangle row by row),
+    float32. sizes: classes of each task. Classes that come back have a Gaussian for every task; those of later tasks stand
+    behind those of earlier ones, in the order of the classes, and a class is drawn from all of its own.
     """
 
     class Keys(KeyGroup):
@@ -111,7 +111,7 @@ class AlignedHead(GrowingHead):
         optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM, weight_decay=self.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.align_epochs)
         factors = [self.factor(label) for label in range(len(self.means))]
-        sizes = self.sizes.tolist() if self.first is None else [len(self.weight)]  # of the groups of classes that came together
+        sizes = self.sizes.tolist() if self.first is None else [len(self.weight)]  # of classes that came together
         for epoch in range(config.align_epochs):
             features, labels = self.draw(factors, config.align_samples, stream)
             order = torch.randperm(len(labels), generator=stream).to(labels.device)

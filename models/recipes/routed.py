@@ -326,8 +326,8 @@ def routed_features(images: Tensor, backbone: FrozenViT, bank: AdapterBank, rout
 
 
 def among_classes(logits: Tensor, keys: Tensor, tasks: list[int], route: list[int], classes: list[range]) -> Tensor:
-    """Logits `[b, classes]` with minus infinity for the classes of tasks that do not belong to an image's key; `classes`: those
-    of each task."""
+    """Logits `[b, classes]` with minus infinity for the classes of tasks that do not belong to an image's key; `classes`:
+    those of each task."""
     key_of_class = torch.tensor([key for key, each in zip(route, classes) for _ in each]).to(keys.device)
     mine = torch.tensor(tasks, device=keys.device)[keys][:, None] == key_of_class[None, :logits.shape[1]]
     return logits.masked_fill(~mine, float("-inf"))

@@ -112,9 +112,9 @@ class DataKeys(KeyGroup):
         "./data", "Folder in which the data sets lie. `~` is your home folder, in every path.")
     scenario: Literal["class", "domain"] = key(
         "class",
-        'What a task brings: `"class"`, new classes, or `"domain"`, the same `init_cls` classes as every other task in another '
-        "domain of images. The domains are those of `task_domains`, by default all that the data set has of its own, in its "
-        "order. docs/METHODS.md says what this means to a method, and which ones take it.")
+        'What a task brings: `"class"`, new classes, or `"domain"`, the same `init_cls` classes as every other task in '
+        "another domain of images. The domains are those of `task_domains`, by default all that the data set has of its own, "
+        "in its order. docs/METHODS.md says what this means to a method, and which ones take it.")
     init_cls: int = key(..., "Number of classes in the first task.", ge=1)
     increment: int | None = key(
         None,
@@ -231,8 +231,8 @@ class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
     @classmethod
     def _domain_contradictions(cls, config: "Config") -> Iterator[str]:
         if isinstance(config.dataset, list):
-            yield ("'scenario' is \"domain\" but 'dataset' names several sets, whose classes are not the same; name one that has "
-                   "domains")
+            yield ("'scenario' is \"domain\" but 'dataset' names several sets, whose classes are not the same; name one that "
+                   "has domains")
         if config.increment != config.init_cls:
             yield (f"'increment' is {config.increment} but 'scenario' is \"domain\", in which every task has the "
                    f"{config.init_cls} classes of 'init_cls'; leave out 'increment'")

@@ -106,8 +106,8 @@ def domain_tasks(classes: int, init_cls: int, domains: Sequence[str] | None, nb_
                         "(docs/DATA.md lists those of sets that are held as tensors), or choose a set that has.")
     for number, domain in enumerate(domains):
         if domain in domains[:number]:
-            raise UserError(f"task_domains: '{domain}' comes in tasks {list(domains).index(domain)} and {number}, but in scenario "
-                            "\"domain\" every task has a domain of its own; name it once.")
+            raise UserError(f"task_domains: '{domain}' comes in tasks {list(domains).index(domain)} and {number}, but in "
+                            "scenario \"domain\" every task has a domain of its own; name it once.")
     if nb_tasks is not None and nb_tasks > len(domains):
         raise UserError(f"nb_tasks: {len(domains)} domains make {len(domains)} tasks, not {nb_tasks}; choose at most "
                         f"{len(domains)}.")
