@@ -60,8 +60,8 @@ class SubspaceHead(ProxyHead):
         """Classes of each task."""
         return [len(part) for part in self.known]
 
-    def begin(self, classes: range, visits: tuple[int, int], anew: bool, generator: torch.Generator) -> None:
-        super().begin(classes, visits, anew, generator)
+    def begin(self, classes: range, visits: tuple[int, int], generator: torch.Generator) -> None:
+        super().begin(classes, visits, generator)
         self.classes = len(classes) if visits[1] > 1 else None
 
     def collect(self, features: Features, classes: int) -> list[Tensor]:

@@ -119,8 +119,7 @@ class GradientLearner(BaseLearner):
 
     def grow_head(self, task: int) -> None:
         """Gives the head the rows of `task`, as they start."""
-        self.head.begin(self.data.task_classes(task), self.data.visits(task), self._fits_alike,
-                        generator(self.seed, "head", task))
+        self.head.begin(self.data.task_classes(task), self.data.visits(task), generator(self.seed, "head", task))
 
     def features(self, images: Tensor) -> Tensor:
         """What the settled head predicts from, and keeps its statistics of."""

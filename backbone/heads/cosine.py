@@ -15,8 +15,7 @@ class CosineHead(GrowingHead):
 
     scale: s, one scalar for all classes, begins at `cosine_scale`, is trained with task 0 and then fixed: every later task
     meets the same temperature, and no old logit moves by it. weight: `s w / ||w||`, so that a product with unit features
-    gives the logits; bias: zeros, there because the file of a head has one. The mean of a row over tasks is that of its
-    directions.
+    gives the logits; bias: zeros, there because the file of a head has one.
     """
 
     class Keys(KeyGroup):
@@ -44,8 +43,6 @@ class CosineHead(GrowingHead):
     def commit(self) -> None:
         super().commit()
         self.scale.requires_grad_(False)
-        if self.share < 1:  # a mean of directions is shorter than they are
-            self.weight = self.scale.detach() * F.normalize(self.weight)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         if self.new_weight is None:

@@ -29,8 +29,7 @@ class GrowingHead(Component, nn.Module):
     their task: later tasks move the features, and the statistics do not follow.
 
     Where classes come back in another domain, a class still has one row. first: the first class of the current task if it has
-    come before, None for classes behind all others; visits: how many tasks have its classes, before it and in all; share:
-    what part of a row that was there gives way to the current one when that joins it.
+    come before, None for classes behind all others; visits: how many tasks have its classes, before it and in all.
     """
 
     kind = "linear"
@@ -46,28 +45,24 @@ class GrowingHead(Component, nn.Module):
         self.new_weight: nn.Parameter | None = None
         self.new_bias: nn.Parameter | None = None
         self.first: int | None = None
-        self.visits, self.share = (0, 1), 1.0
+        self.visits = (0, 1)
 
     # ---- life of a task
 
-    def begin(self, classes: range, visits: tuple[int, int], anew: bool, generator: torch.Generator) -> None:
-        """Trainable rows for `classes`, all of them new or all of them back.
-
-        Rows of classes that come back go on from where they are and are replaced at the end. With `anew` they start like the
-        first ones did, and what joins them makes them the mean over the tasks.
-        """
-        earlier, self.visits = visits[0], visits
-        self.first, self.share = (classes.start, 1 / (earlier + 1) if anew else 1.0) if earlier else (None, 1.0)
+    def begin(self, classes: range, visits: tuple[int, int], generator: torch.Generator) -> None:
+        """Trainable rows for `classes`, all of them new or all of them back: those go on from where their rows are."""
+        self.visits, self.first = visits, classes.start if visits[0] else None
         self.grow(len(classes), generator)
-        if earlier and not anew:
-            self.go_on(classes)
+        if self.first is not None:
+            self.go_on()
 
     @torch.no_grad()
-    def go_on(self, classes: range) -> None:
-        """The current rows start from those that `classes` have."""
-        self.new_weight.copy_(self.weight[classes.start:classes.stop])
+    def go_on(self) -> None:
+        """The current rows start from those that their classes have."""
+        rows = slice(self.first, self.first + len(self.new_weight))
+        self.new_weight.copy_(self.weight[rows])
         if self.new_bias is not None:
-            self.new_bias.copy_(self.bias[classes.start:classes.stop])
+            self.new_bias.copy_(self.bias[rows])
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
         """New trainable rows for `classes` classes: weights from U(-sqrt(3 / d), sqrt(3 / d)), a variance of 1 / d, and biases
@@ -79,7 +74,10 @@ class GrowingHead(Component, nn.Module):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """The current task's rows start from 0."""
+        """The current task's rows start from 0, those of classes that come back from where they were."""
+        if self.first is not None:
+            self.go_on()
+            return
         self.new_weight.zero_()
         if self.new_bias is not None:
             self.new_bias.zero_()
@@ -90,11 +88,8 @@ class GrowingHead(Component, nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The current rows join the fixed ones."""
-        weight, bias = self.rows()
-        if self.share < 1:  # rows of other classes are the same on both sides, and stay
-            weight, bias = (torch.lerp(old, new, self.share) for old, new in ((self.weight, weight), (self.bias, bias)))
-        self.weight, self.bias = weight, bias
+        """The current rows join the fixed ones, or take the place of those that their classes had."""
+        self.weight, self.bias = self.rows()
         self.new_weight = self.new_bias = None
 
     def collect(self, features: Features, classes: int) -> list[Tensor]:
@@ -131,7 +126,7 @@ class GrowingHead(Component, nn.Module):
         rows = {name: getattr(self, name) for name in self._ROWS}
         return {name: None if tensor is None else tensor.detach().clone() for name, tensor in rows.items()} | {
             name: getattr(self, name) for name in self.STATISTICS} | {
-            "first": self.first, "visits": list(self.visits), "share": self.share}
+            "first": self.first, "visits": list(self.visits)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The head as it was at `snapshot`."""
@@ -140,7 +135,7 @@ class GrowingHead(Component, nn.Module):
             setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
         for name in self.STATISTICS:
             setattr(self, name, state[name].to(self.weight.device))
-        self.first, self.visits, self.share = state["first"], tuple(state["visits"]), state["share"]
+        self.first, self.visits = state["first"], tuple(state["visits"])
 
     def as_linear(self) -> tuple[Tensor, Tensor] | None:
         """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks;
