@@ -126,7 +126,7 @@ def test_every_concept_is_a_class_of_its_own(tmp_path: Path) -> None:
     assert np.bincount(dataset.train.labels).tolist() == [4] * 11 and dataset.test.labels.tolist() == list(range(11))
     place = STYLES.index(TESTED)
     assert np.array_equal(dataset.test.images[4].permute(1, 2, 0), content["images"][5 * 5 + place])
-    first = [np.array(image.permute(1, 2, 0)) for image in dataset.train.images[:4]]
+    first = dataset.train.images[:4].permute(0, 2, 3, 1).numpy()
     assert np.array_equal(first, np.delete(content["images"][:5], place, axis=0))
     del content["concepts"]
     np.savez(path, **content)
