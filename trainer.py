@@ -17,7 +17,6 @@ from models import LEARNERS
 from models.zero_shot import Reference
 from utils.config import Config, config_warnings, title_of
 from utils.data import load_datasets
-from utils.data.domains import first_appearances
 from utils.data_manager import DataManager
 from utils.errors import UserError
 from utils.results.calibration import Calibration
@@ -111,7 +110,7 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
         num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains,
-        order_seed=config.order_seed)
+        order_seed=config.order_seed, scenario=config.scenario)
     return backbone, data
 
 
@@ -322,16 +321,14 @@ class Run:
         on_main(self.checkpoints.remove_all)
 
     def _counts(self, title: str, whole: bool = False) -> Counts:
-        seen = range(self.stream.seen_classes(self.learner.task))
-        task_of_class = torch.as_tensor(self.data.task_of_class, device=self.device)
-        tally = Tally(task_of_class, len(seen), int(self.data.task_of_class[seen[-1]]) + 1)
+        tasks, size = self.stream.tasks_learned(self.learner.task), self.config.batch_size
+        tally = Tally(self.data.seen_classes(tasks - 1), tasks, self.device)
         self.learner.start_evaluation()
-        size = self.config.batch_size
-        batches = self.data.eval_batch_count("test", seen, size)
-        for number, (images, labels) in enumerate(self.data.eval_batches("test", seen, size, distributed.part())):
+        batches = self.data.test_batch_count(tasks - 1, size)
+        for number, (images, labels, owners) in enumerate(self.data.test_batches(tasks - 1, size, distributed.part())):
             self.work(title, number, batches, whole)
             if len(labels):
-                tally.add(self.learner.predict(images), labels)
+                tally.add(self.learner.predict(images), labels, owners)
         distributed.add_up(*tally.sums)
         return tally.read()  # the only read of the device
 
@@ -365,10 +362,10 @@ class Run:
                           [Calibration.of_record(record) for record in self.records],
                           [ZeroShot.of_record(record) for record in self.records])
         decided = self.records and all(record["kept"] is not None for record in self.records)
-        if self.stream.task_domains and decided:
+        needed = self.stream.needed_adapters(len(self.records))
+        if needed and decided:
             metrics["kept_set"] = kept_set(
-                first_appearances(self.stream.task_domains[:len(self.records)]),
-                [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
+                needed, [bool(self.records[-1]["pruning_mask"][t]) for t in range(len(self.records))],
                 [record["beta"] for record in self.records])
         return metrics
 

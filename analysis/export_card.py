@@ -61,7 +61,7 @@ def _images(source: Source) -> str:
 def _classes(source: Source) -> str:
     names, rows, number = source.saved.class_names(), [], 0
     for entry in source.saved.result["tasks"][:source.saved.task + 1]:
-        for _ in range(entry["classes"]):
+        for _ in range(number, entry["seen_classes"]):
             rows.append(f"| {number} | {names[number].replace('|', chr(92) + '|')} | {entry['task']} |")
             number += 1
     return "\n".join(["## Classes", "", "| column | class | learned with task |", "| ---: | --- | ---: |", *rows])

@@ -177,7 +177,7 @@ def task_means(backbone: nn.Module, data: DataManager, tasks: int, batch_size: i
     for task in range(tasks):
         classes = data.task_classes(task)
         sums, images = 0, 0
-        for batch, labels in data.eval_batches("train", classes, batch_size):
+        for batch, labels in data.eval_batches("train", data.task_cells(task), batch_size):
             members = nn.functional.one_hot(labels - classes.start, len(classes)).double()  # [b, c]
             sums, images = sums + members.T @ backbone(batch).double(), images + members.sum(0)
         means.append((sums / images[:, None]).mean(0).cpu().numpy())
@@ -198,7 +198,7 @@ def routes(network: RoutedNetwork, data: DataManager, task: int, batch_size: int
     shares = []
     for seen in range(task + 1):
         keys = []
-        for images, _ in data.eval_batches("test", data.task_classes(seen), batch_size):
+        for images, _ in data.eval_batches("test", data.task_cells(seen), batch_size):
             network(images)
             keys.append(network.keys)
         went = torch.cat(keys)
@@ -209,8 +209,8 @@ def routes(network: RoutedNetwork, data: DataManager, task: int, batch_size: int
 def count(network: nn.Module, data: DataManager, task: int, batch_size: int) -> TaskCounts:
     """Counts on the test images of tasks 0 to `task`, as the trainer takes them."""
     counts = TaskCounts.zeros(task + 1)
-    for images, labels in data.eval_batches("test", range(data.seen_classes(task)), batch_size):
-        counts += count_predictions(network(images), labels, data.task_of_class, task + 1)
+    for images, labels, owners in data.test_batches(task, batch_size):
+        counts += count_predictions(network(images), labels, owners, task + 1)
     return counts
 
 

@@ -230,7 +230,8 @@ def _stream_key(result: Mapping[str, Any]) -> tuple:
     network = ".".join(part for part in (backbone["name"], backbone["tag"]) if part)
     data = tuple(json.dumps(config.get(key), sort_keys=True) for key in _STREAM_KEYS if key not in ("dataset", "data_path"))
     folder = Path(config.get("data_path", "")).as_posix()
-    return title_of(config["dataset"]), network, result["tasks"][-1]["seen_classes"], folder, weights, *data
+    size = result["tasks"][-1]["seen_classes"], _tasks(result)
+    return title_of(config["dataset"]), network, size, folder, weights, *data
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
@@ -314,22 +315,21 @@ def _unique_names(methods: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _tasks(result: Mapping[str, Any]) -> int:
-    """Tasks of the stream, also where the method learned them all at once; what the last one of each data set took is then not
-    known, and counts as if the classes were of one."""
-    config, classes = result["config"], result["tasks"][-1]["seen_classes"]
-    return max(len(result["tasks"]), 1 + max(0, -(-(classes - config["init_cls"]) // config["increment"])))
+    """Tasks of the stream, also where the method learned them all at once."""
+    return len(result["tasks"][-1]["counts"]["images"])
 
 
 def _titles(streams: Mapping[tuple, Sequence[Run]]) -> list[str]:
     """A line per stream; where two would be the same, with what else tells them apart."""
     titles, details = [], []
     for key, members in streams.items():
-        dataset, network, classes, folder, weights, *_ = key
+        dataset, network, (classes, _), folder, weights, *_ = key
         config, tasks = members[0].result["config"], _tasks(members[0].result)
         first, later = config["init_cls"], config["increment"]
         sizes = f"{first} classes" if first == later or tasks == 1 else f"{first}, then {later} classes"
         domains = f", domains {' '.join(config['task_domains'])}" if config.get("task_domains") else ""
-        titles.append(f"{dataset}, {tasks} task{'s' * (tasks > 1)} of {sizes}{domains}, {network}")
+        word = "task" if config.get("scenario", "class") == "class" else "domain"
+        titles.append(f"{dataset}, {tasks} {word}{'s' * (tasks > 1)} of {sizes}{domains}, {network}")
         details.append(f"{classes} classes in all, data_path {folder}, shuffle {config['shuffle']}, weights {weights[:8]}")
     return [f"{title} ({detail})" if titles.count(title) > 1 else title
             for title, detail in zip(titles, details, strict=True)]

@@ -14,6 +14,8 @@ from models.adapted import FirstTaskLearner
 class APER(FirstTaskLearner):
     """An adapter trained on the first task, then the nearest class mean by cosine on pretrained and adapted features."""
 
+    scenarios = ("class", "domain")
+
     class Keys(FirstTaskLearner.Keys):
         """APER"""
 

@@ -1,9 +1,10 @@
 """What every class-incremental method offers to the trainer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from backbone import FrozenViT
 from models.artifacts import SavedNetwork, SavedRun
 from utils.config import Component, Config
+from utils.config.rules import show
 from utils.data_manager import DataManager
 from utils.rng import generator
 from utils.runs.progress import Progress
@@ -62,6 +64,17 @@ class BaseLearner(Component, ABC):
     """
 
     reads_class_token_alone = True  # of the backbone's last block, which is then shortened
+    scenarios: ClassVar[tuple[str, ...]] = ("class",)  # those in which it is known to work; every method says its own
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.scenarios = vars(cls).get("scenarios", BaseLearner.scenarios)  # what a method takes, one built on it may not
+
+    @classmethod
+    def objections(cls, config: Config) -> Iterator[str]:
+        if config.scenario not in cls.scenarios:
+            yield (f"'scenario' is {show(config.scenario)} but 'model_name' is {show(config.model_name)}, which is made for "
+                   f"{' and '.join(map(show, cls.scenarios))} alone; choose a method that docs/METHODS.md lists for it")
 
     def __init__(self, config: Config, data: DataManager, backbone: FrozenViT, seed: int, session: Session) -> None:
         self.config, self.data, self.seed, self.session = config, data, seed, session

@@ -42,7 +42,8 @@ class SubspaceHead(TaskMeansHead):
     answer with the cosines of their proxy rows, of the newest features.
 
     known: one tensor `[c, i + 1, d]` for each task i. readout `[classes, tasks d]`: all means as unit vectors times the
-    weights of their subspaces; made from `known`, and no parameter or buffer.
+    weights of their subspaces; made from `known`, and no parameter or buffer. Of a class that comes back every task has means,
+    as if they were classes of their own; it is as likely as the likeliest of them.
     """
 
     kind = "ease"
@@ -50,7 +51,12 @@ class SubspaceHead(TaskMeansHead):
     def __init__(self, width: int, config: Config, seed: int, alpha: float) -> None:
         super().__init__(width, config, seed)
         self.alpha = alpha
+        self.classes: int | None = None  # of every task, where they come back
         self.readout = torch.zeros(0, 0)
+
+    def begin(self, classes: range, visits: tuple[int, int], generator: torch.Generator) -> None:
+        super().begin(classes, visits, generator)
+        self.classes = len(classes) if visits[1] > 1 else None
 
     def collect(self, features: Features, classes: int) -> list[Tensor]:
         """Sums `[c, tasks d]` and numbers `[c]` of the images of each class."""
@@ -77,12 +83,23 @@ class SubspaceHead(TaskMeansHead):
         logits = parts[:, :len(self.known)].flatten(1) @ self.readout.to(features.dtype).T  # (48, 7680) @ (7680, 100)
         if self.training_rows:
             logits = torch.cat([logits, parts[:, -1] @ F.normalize(self.new_weight).T], 1)
-        return logits
+        return logits if self.classes is None else logits.unflatten(1, (-1, self.classes)).amax(1)
+
+    # ---- what is stored
+
+    def snapshot(self) -> dict:
+        return {**super().snapshot(), "classes": self.classes}
+
+    def restore(self, state: dict) -> None:
+        super().restore(state)
+        self.classes = state["classes"]
 
 
 class EASE(BottleneckLearner):
     """An adapter and a subspace for every task; nearest class means by cosine in all subspaces, those that no image has shown
     put together from classes that resemble."""
+
+    scenarios = ("class", "domain")
 
     class Keys(OptimisationKeys, LaterTaskKeys, BottleneckKeys):
         """Subspaces of EASE"""
@@ -102,4 +119,6 @@ class EASE(BottleneckLearner):
         network = saved_network(saved, cls.networks, saved.task + 1)
         head = SubspaceHead(network.backbone.width, saved.config, saved.seed, saved.config.ease_alpha)
         head.from_file(saved.tensors(f"head_task_{saved.task}.safetensors"))
+        seen = saved.result["tasks"][saved.task]["seen_classes"]
+        head.classes = seen if seen < sum(head.sizes) else None
         return SavedNetwork(network, None, head)

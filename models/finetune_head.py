@@ -10,6 +10,8 @@ from models.training import GradientLearner
 class FinetuneHead(GradientLearner):
     """A control: the frozen backbone with the head alone, trained as SD-LoRA trains its head; what adapters must beat."""
 
+    scenarios = ("class", "domain")
+
     def groups(self) -> list[dict]:
         return [{"params": self.head.trainable(), "lr": learning_rate(self.config, self.task), "name": "head"}]
 

@@ -21,6 +21,8 @@ class Joint(SDLoRA):
     stream.
     """
 
+    scenarios = ("class", "domain")
+
     class Keys(OptimisationKeys, HeadKeys, RowFitKeys, AdapterKeys, AlphaKeys):
         """Joint training"""
 

@@ -71,6 +71,7 @@ class L2P(PromptLearner):
     """
 
     reads_class_token_alone = False
+    scenarios = ("class", "domain")
 
     class Keys(PromptLearner.Keys):
         """Prompts of L2P"""

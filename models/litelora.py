@@ -212,6 +212,8 @@ class Selection(Recipe):
 class LiteLoRA(SDLoRA):
     """SD-LoRA that asks of every newcomer, once it is trained, whether it pays: a binary gate, trained alone."""
 
+    scenarios = ("class", "domain")
+
     class Keys(LiteLoRAKeys, UnreadKeys, AdapterKeys, AlphaKeys, GradientLearner.Keys):
         """LiteLoRA's training"""
 

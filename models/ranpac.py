@@ -44,6 +44,8 @@ class RandomRidge(ProxyHead, RidgeHead):
 class RanPAC(FirstTaskLearner):
     """An adapter trained on the first task, then ridge regression in closed form on random features of all tasks."""
 
+    scenarios = ("class", "domain")
+
     class Keys(FirstTaskLearner.Keys):
         """Random features of RanPAC"""
 

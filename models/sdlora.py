@@ -54,6 +54,8 @@ class ManyAdaptersKeys(KeyGroup):
 class SDLoRA(GradientLearner):
     """One adapter per task, weighted by a gate; `gate` decides between Gumbel CL-LoRA and SD-LoRA."""
 
+    scenarios = ("class", "domain")
+
     class Keys(GradientLearner.Keys, AdapterKeys, ManyAdaptersKeys):
         """Adapters under a gate"""
 

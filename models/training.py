@@ -119,7 +119,7 @@ class GradientLearner(BaseLearner):
 
     def grow_head(self, task: int) -> None:
         """Gives the head the rows of `task`, as they start."""
-        self.head.grow(len(self.data.task_classes(task)), generator(self.seed, "head", task))
+        self.head.begin(self.data.task_classes(task), self.data.visits(task), generator(self.seed, "head", task))
 
     def features(self, images: Tensor) -> Tensor:
         """What the settled head predicts from, and keeps its statistics of."""
@@ -297,9 +297,9 @@ class GradientLearner(BaseLearner):
     def task_images(self, title: str, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the current task's images under the test transform, with labels from 0, batch by batch; a
         signal stops it between two batches. `title`: what is done with them."""
-        classes, size = self.data.task_classes(self.task), self.config.batch_size
-        total = self.data.eval_batch_count(split, classes, size)
-        for number, (images, labels) in enumerate(self.data.eval_batches(split, classes, size, distributed.part())):
+        classes, cells, size = self.data.task_classes(self.task), self.data.task_cells(self.task), self.config.batch_size
+        total = self.data.eval_batch_count(split, cells, size)
+        for number, (images, labels) in enumerate(self.data.eval_batches(split, cells, size, distributed.part())):
             self.work(title, number, total)
             if len(labels):
                 yield images, labels - classes.start

@@ -69,9 +69,9 @@ def nearest_means(learner: BaseLearner, networks: Sequence[Callable[[Tensor], Te
 def _images(learner: BaseLearner, task: int, split: SplitName) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of the images of `task` with labels from 0, batch by batch; a signal stops it between two."""
     data, size = learner.data, learner.config.batch_size
-    classes = data.task_classes(task)
-    total = data.eval_batch_count(split, classes, size)
-    for number, (images, labels) in enumerate(data.eval_batches(split, classes, size, distributed.part())):
+    cells, first = data.task_cells(task), data.task_classes(task).start
+    total = data.eval_batch_count(split, cells, size)
+    for number, (images, labels) in enumerate(data.eval_batches(split, cells, size, distributed.part())):
         learner.session.work(f"Task {task}: forward transfer", number, total)
         if len(labels):
-            yield images, labels - classes.start
+            yield images, labels - first

@@ -115,7 +115,7 @@ def write_emoji(path: Path, classes: int = 3, concepts: int = 4) -> Path:
     names = np.array([f"kind {number}" for number in range(classes)])
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, images=images, labels=labels, styles=styles, test=np.repeat(numbers % concepts == 0, 5),
-                        classes=names)
+                        classes=names, concepts=np.array([f"concept {number}" for number in numbers]))
     return path
 
 
@@ -149,6 +149,29 @@ def write_domainnet(
                     _save(root / name, class_pixels(label, number, 36, 40))
                     lines.append(f"{name} {label}\n")
             (root / f"{domain}_{split}.txt").write_text("".join(lines))
+    return root
+
+
+def write_core50(root: Path, objects: int = 12, per_session: int = 2) -> Path:
+    """`root/core50_128x128` as its archive leaves it, few objects and frames; returns that folder."""
+    for session in range(1, 12):
+        for thing in range(objects):
+            for frame in range(per_session):
+                path = root / f"core50_128x128/s{session}/o{thing + 1}/C_{session:02}_{thing + 1:02}_{frame:03}.png"
+                _save(path, class_pixels(thing, 100 * session + frame, 32, 32))
+    return root / "core50_128x128"
+
+
+def write_cddb(root: Path, sources: Sequence[str] = ("gaugan", "biggan"), of_objects: Sequence[str] = (), images: int = 2
+               ) -> Path:
+    """`<source>/train/0_real/` and so on, with a folder of objects in between for some sources; returns `root`."""
+    for place, source in enumerate([*sources, *of_objects]):
+        for split, first in (("train", 0), ("val", 1000)):
+            for label, name in enumerate(("0_real", "1_fake")):
+                for thing in ("apple", "horse") if source in of_objects else ("",):
+                    for number in range(images):
+                        path = root / source / split / thing / name / f"{number}.png"
+                        _save(path, class_pixels(label, first + 100 * place + number, 36, 40))
     return root
 
 

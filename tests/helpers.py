@@ -203,8 +203,8 @@ def with_images_in_float64(learner: BaseLearner, per_class: int = 20) -> BaseLea
     """`in_float64`, and the batches of the learner's stream too, which keeps so many training images of each class."""
     in_float64(learner)
     learner.data._members["train"] = [members[:per_class] for members in learner.data._members["train"]]
-    given = learner.data._with_labels
-    learner.data._with_labels = lambda *args: ((x.double(), y) for x, y in given(*args))
+    given = learner.data._batches
+    learner.data._batches = lambda *args: (images.double() for images in given(*args))
     return learner
 
 

@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     **{name: method_values(name) for name in LEARNERS},
     "routed": {**_TWO, "inference": "routed", "epochs": 2, "task_domains": ["negative", "plain"]},
+    "domains": {**_TWO, "inference": "routed", "epochs": 2, "task_domains": ["negative", "plain"], "scenario": "domain"},
 }
 # The run, the kind of work, and the call of that kind at which the signal comes: within task 1 where there is one.
 CASES = [("gated", "features for the row fit", 2), ("ridge", "ridge_lambda", 8), ("means", "class means", 7)]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.data.emoji import FILE, PACKAGES, SIZE, STYLES
+from utils.data.emoji import ALIKE, FILE, PACKAGES, SIZE, STYLES
 from utils.errors import UserError
 from utils.rng import uniforms
 from utils.runs.files import write_bytes
@@ -27,7 +27,6 @@ from utils.runs.files import write_bytes
 LEFT_OUT = frozenset({"Flags", "Symbols", "Component"})  # no pictures of things
 FEWEST = 15  # concepts that a class needs in all styles
 TEST_FRACTION = 0.3
-ALIKE = 2.0  # mean difference in gray levels up to which two drawings are the same one
 LICENSES = "emoji_licenses"
 _SEED = 0
 

@@ -1,14 +1,14 @@
 """The stream of tasks: order of the classes, splits, and batches of each task.
 
-Classes are renumbered in the order in which they arrive: "stream labels" 0, 1, 2, ... Everything here that is
-random is keyed by the seed and by what it is for (utils/rng.py), so that neither the number of evaluations
-nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 and I10).
+A task has classes, and in some streams a domain (utils/data/tasks.py). Classes are renumbered in the order in which they
+arrive: "stream labels" 0, 1, 2, ... Everything here that is random is keyed by the seed and by what it is for (utils/rng.py),
+so that neither the number of evaluations nor batch size, workers or interruptions move it (METHOD.md, invariants I8, I9 and
+I10).
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import chain, repeat
 from typing import Any, Literal
@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.data import Dataset, Split
-from utils.data.domains import apply_domain, check_domains
+from utils.data import Dataset
+from utils.data.domains import check_domains, first_appearances
+from utils.data.lenses import through_lenses
 from utils.data.readers import View, decoded_bytes, free_memory
 from utils.data.series import Series, SeriesSource
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource, TestView
+from utils.data.tasks import Tasks, class_order, domain_tasks, task_sizes
 from utils.errors import UserError, unknown
 from utils.rng import generator
 
@@ -40,11 +42,13 @@ class DataManager:
     `copies` processes share this machine's main memory. `num_workers` processes read files.
     `bad_images`: "stop" raises UserError at the first file that cannot be decoded, "skip" decodes every file
     beforehand and leaves those out. `task_domains`: the image domain of every task (utils/data/domains.py); None shows
-    all images as they are. `order_seed`: draws the class order, by default `seed` does.
+    all images as they are. `order_seed`: draws the class order, by default `seed` does. `scenario`: "class", new classes in
+    every task, or "domain", the first `init_cls` classes in every task and another domain: those of `task_domains`, by default
+    all that the data set has of its own.
 
-    class_order: natural labels of the stream's classes in their order. class_names: their names, in the same
-    order. task_sizes: classes of each task. task_of_class: int64 `[classes in the stream]`. bad_images: files
-    that were left out.
+    tasks: which classes each task has. class_order: natural labels of the stream's classes in their order. class_names: their
+    names, in the same order. task_sizes: classes of each task. task_of_class: the task that brings each class, int64
+    `[classes in the stream]`. bad_images: files that were left out.
     """
 
     def __init__(
@@ -66,31 +70,37 @@ class DataManager:
         bad_images: str = "stop",
         task_domains: list[str] | None = None,
         order_seed: int | None = None,
+        scenario: str = "class",
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
         self.series, self.seed, self.image_size, self.shuffle = Series(dataset), seed, image_size, shuffle
         self.device, self.placement, self.num_workers = torch.device(device), placement, num_workers
         self.copies = copies
-        self.task_sizes = task_sizes([len(part.classes) for part in self.series.parts], init_cls, increment, nb_tasks)
-        self.nb_tasks = len(self.task_sizes)
-        self._bounds = np.concatenate([[0], np.cumsum(self.task_sizes)]).tolist()
+        own = self.series.parts[0].domains  # a config with task_domains names a single data set
+        if scenario == "domain":
+            named = check_domains(task_domains, 0 if task_domains is None else len(task_domains), own) or list(own)
+            self.tasks = domain_tasks(len(self.series.classes), init_cls, named, nb_tasks, self.series.parts[0].name)
+            self.task_domains = named[: len(self.tasks.classes)]
+        else:
+            self.tasks = Tasks.of_sizes(task_sizes([len(part.classes) for part in self.series.parts], init_cls, increment,
+                                                   nb_tasks))
+            self.task_domains = check_domains(task_domains, len(self.tasks.classes), own)
+        self.scenario, self.nb_tasks = scenario, len(self.tasks.classes)
+        self.task_sizes, self.task_of_class = [len(classes) for classes in self.tasks.classes], self.tasks.task_of_class
         self.order_seed = seed if order_seed is None else order_seed
         order = self.series.class_order(lambda classes: class_order(classes, self.order_seed, shuffle))
-        self.class_order = order[: self._bounds[-1]]
+        self.class_order = order[: self.tasks.seen[-1]]
         self.class_names = [self.series.classes[label] for label in self.class_order]
-        self.task_of_class = np.repeat(np.arange(self.nb_tasks), self.task_sizes)
         self.bad_images: list[str] = []
         skip = bad_images == "skip"
-        trained, test = self._usable("train", skip), self._usable("test", skip)
-        own = self.series.parts[0].domains  # a config with task_domains names a single data set
-        self.task_domains = check_domains(task_domains, self.nb_tasks, own)
-        if self.task_domains and own:
-            trained, test = self._of_domains(trained, 0), self._of_domains(test, 1)
+        trained, test = (self._of_cells(self._usable(split, skip), number, own)
+                         for number, split in enumerate(("train", "test")))
+        if self.task_domains and not own:
+            shown, (trained, test) = through_lenses(self.series.parts[0], self.tasks, self.task_domains, (trained, test), seed)
+            self.series = Series(shown)
         train, val = self._hold_out(trained, val_fraction)
         self._members = {"train": train, "val": val, "test": test}
-        if self.task_domains and not own:
-            self.series = Series(self._in_domains({"train": trained, "test": test}))
         self._mean_std = None
         if mean_std is not None:
             self._mean_std = [torch.tensor(part, device=self.device).view(1, -1, 1, 1) for part in mean_std]
@@ -108,66 +118,71 @@ class DataManager:
                 raise UserError(f"data_path: no image of class '{name}' can be decoded; get the data set again.")
         return usable
 
+    def _of_cells(self, members: list[np.ndarray], split: int, own: dict[str, tuple[np.ndarray, np.ndarray]]
+                  ) -> list[np.ndarray]:
+        """The images of every cell, from those of each class in a split (0 training, 1 test): all of its class, or where the
+        data set has domains of its `own` those of the task's domain."""
+        cells = [members[label] for label in self.tasks.label_of_cell]
+        if not own or not self.task_domains:
+            return cells
+        domains = [self.task_domains[task] for task in self.tasks.task_of_cell]
+        found = [np.intersect1d(images, own[domain][split], assume_unique=True)
+                 for images, domain in zip(cells, domains, strict=True)]
+        for images, label, domain in zip(found, self.tasks.label_of_cell, domains, strict=True):
+            if len(images) == 0:
+                raise UserError(f"task_domains: class '{self.class_names[label]}' has no image of the domain '{domain}'; "
+                                f"choose another order or domain.")
+        return found
+
     def _hold_out(self, members: list[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Splits each class's training images into what is trained on and what is held out, both sorted."""
+        """Splits each cell's training images into what is trained on and what is held out, both sorted."""
         train, val = [], []
-        for images, label, name in zip(members, self.class_order, self.class_names, strict=True):
+        for cell, images in enumerate(members):
             if fraction == 0.0:
                 train.append(images)
                 val.append(images[:0])
                 continue
+            label, task = self.tasks.label_of_cell[cell], int(self.tasks.task_of_cell[cell])
             if len(images) < 2:
                 raise UserError(
-                    f"val_fraction: class '{name}' has {len(images)} training image, so none can be held out; "
-                    f"add images or choose a growth_rule other than val_loss."
+                    f"val_fraction: class '{self.class_names[label]}' has {len(images)} training image, so none can be held "
+                    f"out; add images or choose a growth_rule other than val_loss."
                 )
             count = min(max(1, round(fraction * len(images))), len(images) - 1)
-            drawn = torch.randperm(len(images), generator=generator(self.seed, "val", label)).numpy()
+            again = () if task == self.task_of_class[label] else (task,)  # a class that comes back
+            drawn = torch.randperm(len(images), generator=generator(self.seed, "val", self.class_order[label], *again)).numpy()
             val.append(np.sort(images[drawn[:count]]))
             train.append(np.sort(images[drawn[count:]]))
         return train, val
 
-    def _of_domains(self, members: list[np.ndarray], split: int) -> list[np.ndarray]:
-        """Of each class's images in a split (0 training, 1 test) those of the domain of its task."""
-        domains = [self.task_domains[task] for task in self.task_of_class]
-        found = [np.intersect1d(images, self.series.parts[0].domains[domain][split], assume_unique=True)
-                 for images, domain in zip(members, domains, strict=True)]
-        for images, name, domain in zip(found, self.class_names, domains, strict=True):
-            if len(images) == 0:
-                raise UserError(f"task_domains: class '{name}' has no image of the domain '{domain}'; choose another order or "
-                                f"domain.")
-        return found
-
-    def _in_domains(self, members: dict[str, list[np.ndarray]]) -> Dataset:
-        """The data set with every task's images, of which each split has these `members`, as the task's domain shows them."""
-        dataset, = self.series.parts
-        shown = {}
-        for name in members:
-            split = getattr(dataset, name)
-            if not isinstance(split.images, Tensor):
-                raise UserError(
-                    f"task_domains: data set '{dataset.name}' is read from image files; domains are for data sets that "
-                    f"are held as tensors, such as glyphs."
-                )
-            images = split.images.clone()
-            for task, domain in enumerate(self.task_domains):
-                index = np.concatenate([members[name][label] for label in self.task_classes(task)])
-                picks = torch.from_numpy(index)
-                images[picks] = apply_domain(domain, images[picks], index, self.seed, name)
-            shown[name] = Split(images, split.labels)
-        return replace(dataset, **shown)
-
     def task_classes(self, task: int) -> range:
-        """Stream labels of the classes that arrive with `task`."""
-        return range(self._bounds[task], self._bounds[task + 1])
+        """Stream labels of the classes of `task`."""
+        return self.tasks.classes[task]
 
     def seen_classes(self, task: int) -> int:
         """How many classes tasks 0 to `task` have together."""
-        return self._bounds[task + 1]
+        return self.tasks.seen[task]
+
+    def task_cells(self, task: int) -> range:
+        """What `task` has, for `eval_batches`: the numbers of its cells, which are its classes where none comes back."""
+        return self.tasks.cells[task]
+
+    def visits(self, task: int) -> tuple[int, int]:
+        """How many tasks have the classes of `task`: before it, and in all. 0 and 1 for new classes that never come back."""
+        return self.tasks.visits(task)
+
+    def tasks_learned(self, task: int) -> int:
+        """How many tasks of the stream as it was cut have been learned with `task`."""
+        return task + 1
+
+    def needed_adapters(self, tasks: int) -> list[bool] | None:
+        """Which of the first `tasks` tasks bring a domain that came in none before, where domains recur: the right growth
+        decision. None where that is not known."""
+        return first_appearances(self.task_domains[:tasks]) if self.task_domains and self.scenario == "class" else None
 
     def train_size(self, task: int) -> int:
         """Training images of `task`, without the held-out ones."""
-        return sum(len(self._members["train"][label]) for label in self.task_classes(task))
+        return sum(len(self._members["train"][cell]) for cell in self.task_cells(task))
 
     def steps_per_epoch(self, task: int, batch_size: int) -> int:
         """Batches of an epoch; the last may be smaller."""
@@ -189,57 +204,75 @@ class DataManager:
         index, labels = self._shuffled(task, epoch)
         order, sizes = _part_of(np.arange(skip * batch_size, len(index)), batch_size, part)
         images = self._sources["train"].train(index[order], View(self.seed, task, epoch), max(sizes, default=1))
-        yield from self._with_labels(images, labels[order], sizes)
+        yield from zip(self._batches(images, sizes), torch.from_numpy(labels[order]).to(self.device).split(sizes), strict=True)
 
     def train_labels(self, task: int, epoch: int) -> Tensor:
         """Stream labels int64 `[n]` of `task`'s training images, on the device, in the order of that epoch's batches."""
         return torch.from_numpy(self._shuffled(task, epoch)[1]).to(self.device)
 
-    def eval_batch_count(self, split: SplitName, classes: range, batch_size: int) -> int:
+    def eval_batch_count(self, split: SplitName, cells: range, batch_size: int) -> int:
         """How many batches `eval_batches` gives."""
-        return -(-sum(len(self._members[split][label]) for label in classes) // batch_size)
+        return -(-sum(len(self._members[split][cell]) for cell in cells) // batch_size)
 
     def eval_batches(
-        self, split: SplitName, classes: range, batch_size: int, part: tuple[int, int] = (0, 1)
+        self, split: SplitName, cells: range, batch_size: int, part: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of `classes` (stream labels) in `split` under the test transform, class by class; `part` as in
-        `train_batches`."""
-        index, labels = self._gather(split, classes)
+        """The images of `cells` (see `task_cells`) in `split` under the test transform, cell by cell, and their stream labels;
+        `part` as in `train_batches`."""
+        for images, _, labels in self._evaluated(split, cells, batch_size, part):
+            yield images, labels
+
+    def test_batches(self, task: int, batch_size: int, part: tuple[int, int] = (0, 1)
+                     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The test images of tasks 0 to `task`, their labels, and the task of every class seen as each image meets it, int64
+        `[b, seen]`: utils/results/metrics.py wants it. `part` as in `train_batches`."""
+        owners = self.tasks.owners[:, : self.tasks.seen[task]].to(self.device)
+        for images, tasks, labels in self._evaluated("test", range(self.tasks.cells[task].stop), batch_size, part):
+            yield images, labels, owners[tasks]
+
+    def test_batch_count(self, task: int, batch_size: int) -> int:
+        """How many batches `test_batches` gives."""
+        return self.eval_batch_count("test", range(self.tasks.cells[task].stop), batch_size)
+
+    def _evaluated(self, split: SplitName, cells: range, batch_size: int, part: tuple[int, int]
+                   ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images under the test transform, their tasks and their labels."""
+        index, numbers = self._gather(split, cells)
         order, sizes = _part_of(np.arange(len(index)), batch_size, part)
         source = self._sources["test" if split == "test" else "train"]
-        yield from self._with_labels(source.evaluate(index[order], max(sizes, default=1)), labels[order], sizes)
+        tasks, labels = (torch.from_numpy(each[numbers[order]]).to(self.device)
+                         for each in (self.tasks.task_of_cell, self.tasks.label_of_cell))
+        images = self._batches(source.evaluate(index[order], max(sizes, default=1)), sizes)
+        yield from zip(images, tasks.split(sizes), labels.split(sizes), strict=True)
 
     def _shuffled(self, task: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices and stream labels of `task`'s training images in the order of an epoch."""
-        index, labels = self._gather("train", self.task_classes(task))
+        index, cells = self._gather("train", self.task_cells(task))
         by_image = np.argsort(index)
         drawn = torch.randperm(len(index), generator=generator(self.seed, "order", task, epoch)).numpy()
-        return index[by_image[drawn]], labels[by_image[drawn]]
+        return index[by_image[drawn]], self.tasks.label_of_cell[cells[by_image[drawn]]]
 
-    def _gather(self, split: SplitName, classes: range) -> tuple[np.ndarray, np.ndarray]:
-        """Indices into the data set's split, class by class, and their stream labels."""
-        parts = [self._members[split][label] for label in classes]
-        labels = np.repeat(np.asarray(classes, dtype=np.int64), [len(part) for part in parts])
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts]), labels
+    def _gather(self, split: SplitName, cells: range) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into the data set's split, cell by cell, and the numbers of their cells."""
+        parts = [self._members[split][cell] for cell in cells]
+        numbers = np.repeat(np.asarray(cells, dtype=np.int64), [len(part) for part in parts])
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts]), numbers
 
-    def _with_labels(
-        self, images: Iterator[Tensor], labels: np.ndarray, sizes: list[int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of these `sizes`; only the last can be 0, for which `images` gives none."""
-        on_device = torch.from_numpy(labels).to(self.device)
+    def _batches(self, images: Iterator[Tensor], sizes: list[int]) -> Iterator[Tensor]:
+        """Batches of these `sizes`, normalised; only the last can be 0, for which `images` gives none."""
         nothing = torch.empty(0, 3, self.image_size, self.image_size, device=self.device)
-        given = chain(images, [nothing] if 0 in sizes else []) if len(labels) else repeat(nothing, len(sizes))
-        for batch, target in zip(given, on_device.split(sizes), strict=True):
+        given = chain(images, [nothing] if 0 in sizes else []) if any(sizes) else repeat(nothing, len(sizes))
+        for batch, _ in zip(given, sizes, strict=True):
             if self._mean_std is not None:
                 mean, std = self._mean_std
                 batch = batch.sub_(mean).div_(std)
-            yield batch, target
+            yield batch
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
         """Where the images come from; built on first use, since it may read the whole data set into memory."""
-        trained = np.sort(np.concatenate(self._members["train"] + self._members["val"]))
-        tested = np.sort(np.concatenate(self._members["test"]))
+        trained = np.unique(np.concatenate(self._members["train"] + self._members["val"]))
+        tested = np.unique(np.concatenate(self._members["test"]))
         home = self._home(self._decoded_bytes(trained, tested))
         return {"train": self._source("train", trained, home), "test": self._source("test", tested, home)}
 
@@ -292,7 +325,7 @@ class DataManager:
             classes = self.task_classes(task)
             entry: dict[str, Any] = {"task": task, "classes": [self.class_order[label] for label in classes]}
             for split in ("train", "val", "test"):
-                index, _ = self._gather(split, classes)
+                index, _ = self._gather(split, self.task_cells(task))
                 entry[split] = {
                     "images": len(index),
                     "sha256": hashlib.sha256(index.astype("<i8")).hexdigest(),
@@ -305,6 +338,7 @@ class DataManager:
             "class_order": self.class_order,
             "class_names": self.class_names,
             **({"task_domains": self.task_domains} if self.task_domains else {}),
+            **({"scenario": self.scenario} if self.scenario != "class" else {}),  # so that older sums stay what they are
             "images": {split: self.series.digest(split) for split in ("train", "test")},
             "tasks": tasks,
         }
@@ -317,53 +351,26 @@ class JoinedStream(DataManager):
     def __init__(self, stream: DataManager) -> None:
         self.__dict__.update(stream.__dict__)
         self._stream = stream
-        self.task_sizes, self.nb_tasks = [sum(stream.task_sizes)], 1
-        self._bounds = [0, *self.task_sizes]
-        self.task_of_class = np.zeros(self.task_sizes[0], dtype=np.int64)
+        self.task_sizes, self.nb_tasks = [stream.tasks.seen[-1]], 1
+
+    def task_classes(self, task: int) -> range:
+        return range(self.task_sizes[task])
+
+    def seen_classes(self, task: int) -> int:
+        return self.task_sizes[task]
+
+    def task_cells(self, task: int) -> range:
+        return range(self.tasks.cells[-1].stop)
+
+    def visits(self, task: int) -> tuple[int, int]:
+        return 0, 1
+
+    def tasks_learned(self, task: int) -> int:
+        return self._stream.nb_tasks
 
     @property
     def _sources(self) -> dict[str, Source]:
         return self._stream._sources  # not read into memory a second time
-
-
-def class_order(classes: int, seed: int, shuffle: bool) -> list[int]:
-    """Natural labels in the order of the stream, as PILOT draws it: `RandomState(seed).permutation(classes)`."""
-    if not shuffle:
-        return list(range(classes))
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed: {seed} cannot draw a class order; choose one from 0 to {2**32 - 1}.")
-    return np.random.RandomState(seed).permutation(classes).tolist()
-
-
-def task_sizes(classes: int | Sequence[int], init_cls: int, increment: int, nb_tasks: int | None) -> list[int]:
-    """Classes per task: `init_cls`, then `increment` each; the last takes what is left.
-
-    Of several data sets `classes` holds the number of each; the last task of every one takes what is left of it.
-    Raises UserError if the classes do not suffice, if there are fewer than `nb_tasks` tasks, or if a task has
-    a single class (the loss over its own classes would be zero, METHOD.md, section 2).
-    """
-    counts = [classes] if isinstance(classes, int) else list(classes)
-    if init_cls > counts[0]:
-        raise UserError(
-            f"init_cls: {init_cls} is more than the {counts[0]} classes of the data set; choose at most {counts[0]}."
-        )
-    sizes = []
-    for count in counts:
-        wanted, end = (increment if sizes else init_cls), sum(sizes) + count
-        while sum(sizes) < end:
-            sizes.append(min(wanted, end - sum(sizes)))
-            wanted = increment
-    told = f"{' and '.join(map(str, counts))} classes with init_cls {init_cls} and increment {increment}"
-    if nb_tasks is not None and nb_tasks > len(sizes):
-        raise UserError(f"nb_tasks: {told} make {len(sizes)} tasks, not {nb_tasks}; choose at most {len(sizes)}.")
-    sizes = sizes[:nb_tasks]
-    if 1 in sizes:
-        key = "init_cls" if sizes[0] == 1 else "increment"
-        raise UserError(
-            f"{key}: {told} leave task {sizes.index(1)} "
-            f"a single class, which has nothing to be told from; choose sizes that give every task two or more."
-        )
-    return sizes
 
 
 def _part_of(order: np.ndarray, batch_size: int, part: tuple[int, int]) -> tuple[np.ndarray, list[int]]:

@@ -85,11 +85,11 @@ def _text(value: Any) -> str:
 
 
 def _task_sizes(result: Mapping[str, Any]) -> list[int]:
-    """Classes of every task of the stream, also where the method learned them all at once."""
+    """New classes of every task of the stream, also where the method learned them all at once."""
     entries, config = result["tasks"], result["config"]
     count, seen = len(entries[-1]["counts"]["images"]), entries[-1]["seen_classes"]
     if count == len(entries):
-        return [entry["classes"] for entry in entries]
+        return [after - before for before, after in pairwise([0, *(entry["seen_classes"] for entry in entries)])]
     ends = [min(seen, config["init_cls"] + task * config["increment"]) for task in range(count)]
     return [after - before for before, after in pairwise([0, *ends])]
 

@@ -23,7 +23,8 @@ class AlignedHead(GrowingHead):
     Every row is trained against every other, though the tasks' images are gone.
 
     Statistics, per class: means `[classes, d]` and covariances `[classes, P]` (divisor `n - 1`, lower triangle row by row),
-    float32. sizes: classes of each task.
+    float32. sizes: classes of each task. Classes that come back have a Gaussian for every task; those of later tasks stand
+    behind those of earlier ones, in the order of the classes, and a class is drawn from all of its own.
     """
 
     class Keys(KeyGroup):
@@ -80,15 +81,16 @@ class AlignedHead(GrowingHead):
         return full + full.tril(-1).T
 
     def draw(self, factors: list[Tensor], samples: int, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`samples` features of every class `[classes n, d]`, class by class, and their labels."""
+        """`samples` features of every Gaussian, one after another, `[Gaussians n, d]`, and their labels."""
         parts = []
         for mean, lower in zip(self.centres(), factors, strict=True):
             noise = torch.randn(samples, self.width, generator=stream).to(self.weight)
             parts.append(mean.to(self.weight) + noise @ lower.T.to(self.weight))
-        return torch.cat(parts), torch.arange(len(factors), device=self.weight.device).repeat_interleave(samples)
+        labels = torch.arange(len(factors), device=self.weight.device) % len(self.weight)
+        return torch.cat(parts), labels.repeat_interleave(samples)
 
     def centres(self) -> Tensor:
-        """Where the samples of every class lie around, `[classes, d]`."""
+        """Where the samples of every Gaussian lie around, `[Gaussians, d]`."""
         return self.means
 
     def factor(self, label: int) -> Tensor:
@@ -114,7 +116,7 @@ class AlignedHead(GrowingHead):
         optimizer = torch.optim.SGD([weight, bias], lr=config.align_lr, momentum=MOMENTUM, weight_decay=self.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.period or config.align_epochs)
         factors = [self.factor(label) for label in range(len(self.means))]
-        sizes = self.sizes.tolist()
+        sizes = self.sizes.tolist() if self.first is None else [len(self.weight)]  # of classes that came together
         for epoch in range(config.align_epochs):
             features, labels = self.draw(factors, config.align_samples, stream)
             order = torch.randperm(len(labels), generator=stream).to(labels.device)

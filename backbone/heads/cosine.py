@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.heads.linear import GrowingHead
+from backbone.heads.linear import GrowingHead, placed
 from utils.config import Config, KeyGroup, key
 
 
@@ -47,7 +47,7 @@ class CosineHead(GrowingHead):
     def rows(self) -> tuple[Tensor, Tensor]:
         if self.new_weight is None:
             return self.weight, self.bias
-        weight = torch.cat([self.weight, (self.scale * F.normalize(self.new_weight)).detach()])
+        weight = placed(self.weight, (self.scale * F.normalize(self.new_weight)).detach(), self.first)
         return weight, weight.new_zeros(len(weight))
 
     def current_logits(self, features: Tensor) -> Tensor:

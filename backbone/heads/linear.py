@@ -23,10 +23,13 @@ class GrowingHead(Component, nn.Module):
     weight `[classes, d]`, bias `[classes]`: rows of all finished tasks, in the order of the stream. new_weight, new_bias:
     the current task's rows, None between tasks.
 
-    A task goes: `grow`, training through `current_logits`, `commit`, then `collect` over the task's training images in the
+    A task goes: `begin`, training through `current_logits`, `commit`, then `collect` over the task's training images in the
     network as it will be evaluated, and `absorb` of what was collected. The last two do nothing for a linear head; a head
     that keeps statistics keeps them in the buffers named in `STATISTICS`. They are those of the network at the end of
     their task: later tasks move the features, and the statistics do not follow.
+
+    Where classes come back in another domain, a class still has one row. first: the first class of the current task if it has
+    come before, None for classes behind all others; visits: how many tasks have its classes, before it and in all.
     """
 
     kind = "linear"
@@ -41,8 +44,25 @@ class GrowingHead(Component, nn.Module):
         self.register_buffer("bias", torch.zeros(0))
         self.new_weight: nn.Parameter | None = None
         self.new_bias: nn.Parameter | None = None
+        self.first: int | None = None
+        self.visits = (0, 1)
 
     # ---- life of a task
+
+    def begin(self, classes: range, visits: tuple[int, int], generator: torch.Generator) -> None:
+        """Trainable rows for `classes`, all of them new or all of them back: those go on from where their rows are."""
+        self.visits, self.first = visits, classes.start if visits[0] else None
+        self.grow(len(classes), generator)
+        if self.first is not None:
+            self.go_on()
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """The current rows start from those that their classes have."""
+        rows = slice(self.first, self.first + len(self.new_weight))
+        self.new_weight.copy_(self.weight[rows])
+        if self.new_bias is not None:
+            self.new_bias.copy_(self.bias[rows])
 
     def grow(self, classes: int, generator: torch.Generator) -> None:
         """New trainable rows for `classes` classes: weights from U(-sqrt(3 / d), sqrt(3 / d)), a variance of 1 / d, and biases
@@ -61,7 +81,10 @@ class GrowingHead(Component, nn.Module):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """The current task's rows start from 0."""
+        """The current task's rows start from 0, those of classes that come back from where they were."""
+        if self.first is not None:
+            self.go_on()
+            return
         self.new_weight.zero_()
         if self.new_bias is not None:
             self.new_bias.zero_()
@@ -72,7 +95,7 @@ class GrowingHead(Component, nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The current rows join the fixed ones."""
+        """The current rows join the fixed ones, or take the place of those that their classes had."""
         self.weight, self.bias = self.rows()
         self.new_weight = self.new_bias = None
 
@@ -88,10 +111,11 @@ class GrowingHead(Component, nn.Module):
     # ---- logits
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Weight `[classes, d]` and bias `[classes]` of every class so far, detached."""
+        """Weight `[classes, d]` and bias `[classes]` of every class so far, detached; the current task's as they are."""
         if self.new_weight is None:
             return self.weight, self.bias
-        return (torch.cat([self.weight, self.new_weight.detach()]), torch.cat([self.bias, self.new_bias.detach()]))
+        return (placed(self.weight, self.new_weight.detach(), self.first),
+                placed(self.bias, self.new_bias.detach(), self.first))
 
     def current_logits(self, features: Tensor) -> Tensor:
         """Logits `[b, c]` of the current task's classes alone: old rows get no gradient."""
@@ -108,7 +132,8 @@ class GrowingHead(Component, nn.Module):
         """Rows as detached copies, statistics as they are (they are replaced, never written to); `restore` takes it back."""
         rows = {name: getattr(self, name) for name in self._ROWS}
         return {name: None if tensor is None else tensor.detach().clone() for name, tensor in rows.items()} | {
-            name: getattr(self, name) for name in self.STATISTICS}
+            name: getattr(self, name) for name in self.STATISTICS} | {
+            "first": self.first, "visits": list(self.visits)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The head as it was at `snapshot`."""
@@ -117,6 +142,7 @@ class GrowingHead(Component, nn.Module):
             setattr(self, name, value if value is None or name in ("weight", "bias") else nn.Parameter(value))
         for name in self.STATISTICS:
             setattr(self, name, state[name].to(self.weight.device))
+        self.first, self.visits = state["first"], tuple(state["visits"])
 
     def as_linear(self) -> tuple[Tensor, Tensor] | None:
         """Weight `[classes, d]` and bias `[classes]` of the plain linear layer that gives these very logits between tasks;
@@ -131,3 +157,10 @@ class GrowingHead(Component, nn.Module):
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         """The head that predicts as the one did whose `to_file` gave `tensors`."""
         self.weight, self.bias = tensors["weight"], tensors["bias"]
+
+
+def placed(old: Tensor, new: Tensor, first: int | None) -> Tensor:
+    """Rows `old` `[classes, ...]` with `new` ones behind them, or in the place of those from row `first` on."""
+    if first is None:
+        return torch.cat([old, new])
+    return torch.cat([old[:first], new, old[first + len(new):]])

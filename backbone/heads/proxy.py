@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.heads.linear import Features, GrowingHead, Pause
+from backbone.heads.linear import Features, GrowingHead, Pause, placed
 
 
 class ProxyHead(GrowingHead):
@@ -35,6 +35,9 @@ class ProxyHead(GrowingHead):
         rows = (torch.rand(classes, self.width, generator=generator) * 2 - 1) / math.sqrt(self.width)
         self.new_weight = nn.Parameter(rows.to(self.weight))
         self.scale = nn.Parameter(self.weight.new_ones(()))
+
+    def go_on(self) -> None:
+        """Rows that go with their task leave nothing to go on from."""
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -80,15 +83,17 @@ class TaskMeansHead(ProxyHead):
 class PrototypeHead(ProxyHead):
     """Then the nearest class mean by cosine (Zhou et al., 2023).
 
-    prototypes `[classes, k d]`: mean features of k networks' outputs side by side, not normalised.
+    prototypes `[classes, k d]`: mean features of k networks' outputs side by side, not normalised. images `[classes]`: how
+    many they are the means of, empty where no class comes back.
     """
 
     kind = "cosine"  # the file is that of a cosine head
-    STATISTICS = ("prototypes",)
+    STATISTICS = ("prototypes", "images")
 
     def __init__(self, width: int, *args, networks: int = 1) -> None:
         super().__init__(width, *args)
         self.register_buffer("prototypes", torch.zeros(0, networks * width))
+        self.register_buffer("images", torch.zeros(0, dtype=torch.long))
 
     @torch.no_grad()
     def collect(self, features: Features, classes: int) -> list[Tensor]:
@@ -97,7 +102,7 @@ class PrototypeHead(ProxyHead):
 
     @torch.no_grad()
     def absorb(self, sums: list[Tensor], task: int, pause: Pause) -> None:
-        self.prototypes = torch.cat([self.prototypes, class_means(sums).to(self.prototypes)])
+        self.prototypes, self.images = joined_means(self.prototypes, self.images, sums, self.first, self.visits[1] > 1)
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training_rows:
@@ -123,3 +128,17 @@ def class_sums(features: Features, classes: int, like: Tensor) -> list[Tensor]:
 def class_means(sums: list[Tensor]) -> Tensor:
     """Mean features `[c, k]` from what `class_sums` returned."""
     return sums[0] / sums[1][:, None]
+
+
+def joined_means(means: Tensor, images: Tensor, sums: list[Tensor], first: int | None, returning: bool
+                 ) -> tuple[Tensor, Tensor]:
+    """Class means `[classes, k]` with those of a task's `sums` behind them, or from class `first` on joined to those of the
+    same classes, every image counting the same (as RanPAC/RanPAC at 012927f sums them); and the numbers of `images` that they
+    are of, kept for classes that are `returning` alone."""
+    counts = sums[1].to(images)
+    if first is None:
+        return torch.cat([means, class_means(sums).to(means)]), torch.cat([images, counts]) if returning else images
+    stop = first + len(counts)
+    total = images[first:stop] + counts
+    whole = means[first:stop].double() * images[first:stop, None] + sums[0]
+    return placed(means, (whole / total[:, None]).to(means), first), placed(images, total, first)

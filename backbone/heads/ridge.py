@@ -89,7 +89,12 @@ class RidgeHead(GrowingHead):
         penalty = self.config.ridge_lambda
         penalties = self._best_first(sums, pause) if penalty == "auto" else [penalty]
         self.gram = self.gram + fit_gram + held_gram
-        self.cross = torch.cat([self.cross, fit_cross + held_cross], 1)
+        cross = fit_cross + held_cross
+        if self.first is None:
+            self.cross = torch.cat([self.cross, cross], 1)
+        else:  # classes that come back: the sums are those over all of their images
+            before, after = self.first, self.cross.shape[1] - self.first - cross.shape[1]
+            self.cross = self.cross + F.pad(cross, (before, after))
         for penalty in penalties:  # the best, unless it is too small for the sums over all images
             W = solve(self.gram, self.cross, self.strength(self.gram, penalty))
             if W is not None:

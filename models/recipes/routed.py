@@ -24,7 +24,7 @@ from models.recipes.base import GrowthKeys
 from models.recipes.evidence import PriceKeys
 from models.recipes.routed_graph import RoutedGraph
 from models.recipes.trained import GumbelKeys, GumbelSparsemax, TrainedKeys
-from utils.config import key
+from utils.config import Config, key
 from utils.errors import UserError
 from utils.gumbel_utils import sparsity_loss
 from utils.runs import distributed
@@ -70,6 +70,12 @@ class Routed(GumbelSparsemax):
     @property
     def alpha_scope(self) -> str:
         return "layer"
+
+    @classmethod
+    def contradictions(cls, config: Config) -> list[str]:
+        if config.route_classes and config.scenario == "domain":
+            return ["'route_classes' is true but 'scenario' is \"domain\", in which every key has all classes; leave it out"]
+        return super().contradictions(config)
 
     # ---- a task
 
@@ -189,7 +195,8 @@ class Routed(GumbelSparsemax):
         logits = self.learner.head(features)
         if not self.config.route_classes:
             return logits
-        return among_classes(logits, keys, self.router.tasks, self.route, self.learner.data.task_sizes)
+        classes = [self.learner.data.task_classes(task) for task in range(len(self.route))]
+        return among_classes(logits, keys, self.router.tasks, self.route, classes)
 
     # ---- what is stored
 
@@ -245,7 +252,8 @@ class RoutedNetwork(SavedNetwork):
         self.route = record["route"].tolist()
         self.betas = {key: {task: record["route_betas"][key, task].item() for task in self.bank.tasks if task <= key}
                       for key in self.router.tasks}
-        self.task_sizes = [entry["classes"] for entry in saved.result["tasks"][:saved.task + 1]]
+        self.classes = [range(entry["seen_classes"] - entry["classes"], entry["seen_classes"])
+                        for entry in saved.result["tasks"][:saved.task + 1]]
         self.route_classes = saved.config.route_classes
         self.keys = torch.zeros(0, dtype=torch.long)
 
@@ -266,7 +274,7 @@ class RoutedNetwork(SavedNetwork):
                                          lambda key: merge_for(self.bank, self.betas[key]), self.backbone)
         self.keys = torch.tensor(router.tasks, device=keys.device)[keys]
         logits = self.head(features)
-        return among_classes(logits, keys, router.tasks, self.route, self.task_sizes) if self.route_classes else logits
+        return among_classes(logits, keys, router.tasks, self.route, self.classes) if self.route_classes else logits
 
     def as_timm(self) -> nn.Module:
         merge_for(self.bank, self.gate_weights())
@@ -286,8 +294,8 @@ class RoutedNetwork(SavedNetwork):
     def _classes_of_keys(self) -> Tensor:
         """bool `[K, classes]`: which classes compete for the images of each key."""
         keys = torch.arange(len(self.router.tasks))
-        none = torch.zeros(len(keys), sum(self.task_sizes))
-        return among_classes(none, keys, self.router.tasks, self.route, self.task_sizes) == 0
+        none = torch.zeros(len(keys), self.classes[-1].stop)
+        return among_classes(none, keys, self.router.tasks, self.route, self.classes) == 0
 
     def met(self) -> list[str]:
         words = {key: ", ".join(f"{task} ({weight:.2f})" for task, weight in weights.items() if weight > 0)
@@ -324,8 +332,9 @@ def routed_features(images: Tensor, backbone: FrozenViT, bank: AdapterBank, rout
     return keys, features
 
 
-def among_classes(logits: Tensor, keys: Tensor, tasks: list[int], route: list[int], task_sizes: list[int]) -> Tensor:
-    """Logits `[b, classes]` with minus infinity for the classes of tasks that do not belong to an image's key."""
-    key_of_class = torch.tensor(route).repeat_interleave(torch.tensor(task_sizes[:len(route)])).to(keys.device)
+def among_classes(logits: Tensor, keys: Tensor, tasks: list[int], route: list[int], classes: list[range]) -> Tensor:
+    """Logits `[b, classes]` with minus infinity for the classes of tasks that do not belong to an image's key; `classes`:
+    those of each task."""
+    key_of_class = torch.tensor([key for key, each in zip(route, classes) for _ in each]).to(keys.device)
     mine = torch.tensor(tasks, device=keys.device)[keys][:, None] == key_of_class[None, :logits.shape[1]]
     return logits.masked_fill(~mine, float("-inf"))

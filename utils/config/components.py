@@ -30,6 +30,11 @@ class Component:
     always_known: ClassVar[bool] = False
 
     @classmethod
+    def objections(cls, config: Config) -> Iterator[str]:
+        """As `contradictions`, for what all components of a kind say of themselves: those of a component replace nothing."""
+        return iter(())
+
+    @classmethod
     def contradictions(cls, config: Config) -> Iterator[str]:
         """Sentences, without a full stop, on keys that cannot stand together; each names its keys in single quotes."""
         return iter(())

@@ -5,7 +5,7 @@ Each key is documented where it is declared; those of a method, gate, head or gr
 `exps/config.schema.json` from the declarations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -114,6 +114,11 @@ class DataKeys(KeyGroup):
         allowed="a name, or a list of different names")
     data_path: FilePath = key(
         "./data", "Folder in which the data sets lie. `~` is your home folder, in every path.")
+    scenario: Literal["class", "domain"] = key(
+        "class",
+        'What a task brings: `"class"`, new classes, or `"domain"`, the same `init_cls` classes as every other task in '
+        "another domain of images. The domains are those of `task_domains`, by default all that the data set has of its own, "
+        "in its order. docs/METHODS.md says what this means to a method, and which ones take it.")
     init_cls: int = key(..., "Number of classes in the first task.", ge=1)
     increment: int | None = key(
         None,
@@ -208,9 +213,14 @@ class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
             if values[name] is None and told(field, "derive"):
                 values[name] = told(field, "derive")(self)
         for part in (type(self), *self.components):
-            for sentence in part.contradictions(self):
+            for sentence in (*part.objections(self), *part.contradictions(self)):
                 raise PydanticCustomError("contradiction", "{sentence}", {"sentence": sentence})
         return self
+
+    @classmethod
+    def objections(cls, config: "Config") -> Iterator[str]:
+        """As `Component.objections`: none."""
+        return iter(())
 
     @classmethod
     def contradictions(cls, config: "Config") -> list[str]:
@@ -220,7 +230,16 @@ class Config(RunKeys, DataKeys, ReadingKeys, BackboneKeys, CompatibilityKeys):
         if config.task_domains is not None and isinstance(config.dataset, list):
             return ["'task_domains' shows one data set in several domains but 'dataset' names several, each of which is a "
                     "domain already; leave out 'task_domains' or name one data set"]
-        return []
+        return list(cls._domain_contradictions(config)) if config.scenario == "domain" else []
+
+    @classmethod
+    def _domain_contradictions(cls, config: "Config") -> Iterator[str]:
+        if isinstance(config.dataset, list):
+            yield ("'scenario' is \"domain\" but 'dataset' names several sets, whose classes are not the same; name one that "
+                   "has domains")
+        if config.increment != config.init_cls:
+            yield (f"'increment' is {config.increment} but 'scenario' is \"domain\", in which every task has the "
+                   f"{config.init_cls} classes of 'init_cls'; leave out 'increment'")
 
 
 def title_of(dataset: str | list[str]) -> str:

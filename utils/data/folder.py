@@ -15,7 +15,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils.errors import UserError
 
 Files = tuple[list[Path], np.ndarray]  # images and their labels, int64
+Domains = dict[str, tuple[np.ndarray, np.ndarray]]  # the numbers of a domain's training and test images
 Listing = tuple[list[Path], np.ndarray, list[Path], np.ndarray, list[str]]  # both splits' Files, and the class names
+DomainListing = tuple[list[Path], np.ndarray, list[Path], np.ndarray, list[str], Domains]
 
 
 def read_folders(data_path: Path, name: str | None, advice: str) -> Listing:
@@ -26,13 +28,13 @@ def read_folders(data_path: Path, name: str | None, advice: str) -> Listing:
     """
     root = _find_root([data_path / name, data_path] if name else [data_path], advice)
     train, test = root / "train", root / "test"
-    classes, tested = _class_names(train), _class_names(test)
+    classes, tested = class_names(train), class_names(test)
     for label in sorted(set(classes) ^ set(tested)):
         has, lacks = (train, test) if label in classes else (test, train)
         raise UserError(
             f"data_path: class '{label}' is in '{has}' but not in '{lacks}'; both need the same class folders."
         )
-    return (*_read_split(train, classes), *_read_split(test, classes), classes)
+    return (*read_split(train, classes), *read_split(test, classes), classes)
 
 
 def _find_root(candidates: list[Path], advice: str) -> Path:
@@ -48,7 +50,8 @@ def _find_root(candidates: list[Path], advice: str) -> Path:
     raise UserError(f"data_path: {f'neither {looked} is' if len(candidates) > 1 else f'{looked} is not'} there; {advice}.")
 
 
-def _class_names(folder: Path) -> list[str]:
+def class_names(folder: Path) -> list[str]:
+    """The folders in `folder`, sorted; raises UserError where there is none."""
     _, names, _ = next(os.walk(folder, onerror=_unreadable))
     names = sorted(name for name in names if not name.startswith("."))
     if not names:
@@ -59,7 +62,8 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _read_split(folder: Path, classes: list[str]) -> Files:
+def read_split(folder: Path, classes: list[str]) -> Files:
+    """The images of these class folders; raises UserError for one without any."""
     images = [images_under(folder / name) for name in classes]
     for name, found in zip(classes, images, strict=True):
         if not found:
@@ -89,9 +93,9 @@ def _unreadable(error: OSError, named: str = "data_path") -> None:
     ) from error
 
 
-def read_domainnet(data_path: Path) -> Listing:
+def read_domainnet(data_path: Path) -> Listing | DomainListing:
     """345 classes over all domains: by list files in `data_path/domainnet` or `data_path` where there are any, else by class
-    folders."""
+    folders. Lists of each domain, `<domain>_train.txt` and `<domain>_test.txt`, make the domains known."""
     for root in (data_path / "domainnet", data_path):
         if lists := _find_lists(root):
             return _read_lists(root, *lists)
@@ -116,13 +120,13 @@ def _find_lists(root: Path) -> tuple[list[Path], list[Path]] | None:
     return (train, test) if train else None
 
 
-def _read_lists(root: Path, train: list[Path], test: list[Path]) -> Listing:
+def _read_lists(root: Path, train: list[Path], test: list[Path]) -> Listing | DomainListing:
     """Files named by lines `relative/path/to/class/image.jpg label`, relative to `root`.
 
     A class takes the name of the folder of its first image. Labels need not be gapless: they are renumbered in order.
     """
-    train_paths, train_labels = _read_lines(root, train)
-    test_paths, test_labels = _read_lines(root, test)
+    train_paths, train_labels, train_parts = _read_lines(root, train)
+    test_paths, test_labels, test_parts = _read_lines(root, test)
     labels, first = np.unique(train_labels, return_index=True)
     for label in np.setxor1d(labels, test_labels):
         has, lacks = ("train", "test") if label in labels else ("test", "train")
@@ -130,11 +134,17 @@ def _read_lists(root: Path, train: list[Path], test: list[Path]) -> Listing:
             f"data_path: label {label} is in the {has} lists of '{root}' but not in the {lacks} lists; get both again."
         )
     classes = [train_paths[index].parent.name for index in first]
-    return train_paths, np.searchsorted(labels, train_labels), test_paths, np.searchsorted(labels, test_labels), classes
+    listing = train_paths, np.searchsorted(labels, train_labels), test_paths, np.searchsorted(labels, test_labels), classes
+    suffix = "_train.txt"
+    if not all(file.name.endswith(suffix) for file in train):
+        return listing
+    return *listing, {file.name.removesuffix(suffix): parts
+                      for file, *parts in zip(train, train_parts, test_parts, strict=True)}
 
 
-def _read_lines(root: Path, lists: list[Path]) -> Files:
-    paths, labels = [], []
+def _read_lines(root: Path, lists: list[Path]) -> tuple[list[Path], np.ndarray, list[np.ndarray]]:
+    """The images that `lists` name, their labels, and which of them each list names."""
+    paths, labels, parts = [], [], []
     for file in lists:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -157,4 +167,5 @@ def _read_lines(root: Path, lists: list[Path]) -> Files:
                 f"data_path: '{paths[before]}', the first image of '{file.name}', is not there; "
                 f"unpack the images beside their lists."
             )
-    return paths, np.array(labels, dtype=np.int64)
+        parts.append(np.arange(before, len(paths)))
+    return paths, np.array(labels, dtype=np.int64), parts

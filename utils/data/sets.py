@@ -15,7 +15,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from utils.data.augmentation import Augmentation
 from utils.data.cifar import read_cifar
-from utils.data.emoji import read_emoji
+from utils.data.domain_folders import read_cddb, read_core50, read_domain_folders
+from utils.data.emoji import read_emoji, read_emoji_concepts
 from utils.data.folder import read_domainnet, read_folders
 from utils.data.idx import read_idx
 from utils.data.svhn import read_svhn
@@ -118,12 +119,16 @@ READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
     "cub200": (PHOTOS, _pilot("cub")),  # what LiteLoRA's configs call it
     "domainnet": (PHOTOS, lambda data_path, seed: read_domainnet(data_path)),
     "folder": (PHOTOS, lambda data_path, seed: read_folders(data_path, None, _OWN)),
+    "domain_folders": (PHOTOS, lambda data_path, seed: read_domain_folders(data_path)),
+    "core50": (PHOTOS, lambda data_path, seed: read_core50(data_path)),
+    "cddb": (PHOTOS, lambda data_path, seed: read_cddb(data_path)),
     "cifar10": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR10)),  # as the five-datasets benchmark calls it
     "mnist": (DRAWINGS, lambda data_path, seed: read_idx(data_path, MNIST)),
     "svhn": (DRAWINGS, lambda data_path, seed: read_svhn(data_path)),
     "notmnist": (DRAWINGS, lambda data_path, seed: read_folders(data_path, "notmnist", _LETTERS)),
     "fashion_mnist": (PICTURES, _fashion_mnist),
     "emoji": (PICTURES, lambda data_path, seed: read_emoji(data_path)),
+    "emoji_concepts": (PICTURES, lambda data_path, seed: read_emoji_concepts(data_path)),
     "digits": (DRAWINGS, _digits),
     "glyphs": (DRAWINGS, _glyphs),
 }

@@ -104,15 +104,16 @@ def tally_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor, tas
     batches and read once.
 
     `logits`: `[n, seen]`; `labels`: int64 `[n]` in `0..seen-1`; `task_of_class`: int64 `[>= seen]`, the task
-    of each class of the stream; `tasks`: how many tasks the seen classes belong to. Among equal logits the
+    of each class of the stream, or `[n, >= seen]` where that depends on the image: of a domain-incremental stream every class
+    is of the image's own task. `tasks`: how many tasks the seen classes belong to. Among equal logits the
     lower class number comes first. A logit that is not a number beats the true class and is never right
     itself, so that a network that has diverged cannot score. With fewer than five seen classes, `top5` takes
     all of them.
     """
     seen = logits.shape[1]
-    task_of = task_of_class[:seen]
+    task_of = task_of_class[..., :seen].expand(len(logits), seen)
     ahead = _ahead(logits, labels)
-    true_task = task_of[labels]
+    true_task = task_of.gather(1, labels[:, None])[:, 0]
     rank = ahead.sum(1)
     top1 = rank == 0
     per_image = torch.stack([
@@ -120,7 +121,7 @@ def tally_predictions(logits: Tensor, labels: Tensor, task_of_class: Tensor, tas
         top1,
         rank < min(5, seen),
         ~(ahead & (task_of == true_task[:, None])).any(1),
-        task_of[logits.argmax(1)] != true_task,
+        task_of.gather(1, logits.argmax(1, keepdim=True))[:, 0] != true_task,
     ])
     tally = torch.zeros(len(per_image), tasks, dtype=torch.long, device=logits.device)
     return tally.index_add_(1, true_task, per_image.long())
@@ -134,7 +135,8 @@ def tally_classes(logits: Tensor, labels: Tensor, task_of_class: Tensor, tasks: 
     """
     seen = logits.shape[1]
     right = is_first(logits, labels)
-    predicted = task_of_class[:seen][logits.argmax(1), None] == torch.arange(tasks, device=logits.device)  # [n, tasks]
+    task_of = task_of_class[..., :seen].expand(len(logits), seen)
+    predicted = task_of.gather(1, logits.argmax(1, keepdim=True)) == torch.arange(tasks, device=logits.device)  # [n, tasks]
     tally = torch.zeros(seen, 1 + tasks, dtype=torch.long, device=logits.device)
     return tally.index_add_(0, labels, torch.cat([right[:, None], predicted], 1).long())
 

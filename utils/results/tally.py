@@ -21,17 +21,18 @@ class Counts(NamedTuple):
 class Tally:
     """Sums over batches on one device, int64 throughout: several processes add up `sums` and have those of all images."""
 
-    def __init__(self, task_of_class: Tensor, seen: int, tasks: int) -> None:
-        """`task_of_class`: int64 `[>= seen]` on the device, the task of each class; `tasks`: those of the `seen` classes."""
-        self.task_of_class, self.tasks = task_of_class, tasks
+    def __init__(self, seen: int, tasks: int, device: torch.device | str = "cpu") -> None:
+        """`seen`: how many classes have been seen; `tasks`: in how many tasks."""
+        self.tasks = tasks
         sizes = ((len(fields(TaskCounts)), tasks), (seen, 1 + tasks), (3, BINS))
-        self.sums = [torch.zeros(size, dtype=torch.long, device=task_of_class.device) for size in sizes]
+        self.sums = [torch.zeros(size, dtype=torch.long, device=device) for size in sizes]
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """One batch: `logits` `[n, seen]`, `labels` int64 `[n]`. Waits for nothing."""
+    def add(self, logits: Tensor, labels: Tensor, task_of_class: Tensor) -> None:
+        """One batch: `logits` `[n, seen]`, `labels` int64 `[n]`, `task_of_class` as `tally_predictions` takes it. Waits for
+        nothing."""
         by_task, by_class, by_confidence = self.sums
-        by_task += tally_predictions(logits, labels, self.task_of_class, self.tasks)
-        by_class += tally_classes(logits, labels, self.task_of_class, self.tasks)
+        by_task += tally_predictions(logits, labels, task_of_class, self.tasks)
+        by_class += tally_classes(logits, labels, task_of_class, self.tasks)
         by_confidence += tally_confidence(logits, is_first(logits, labels))
 
     def read(self) -> Counts:

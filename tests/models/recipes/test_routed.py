@@ -171,7 +171,7 @@ def test_i9_an_interrupted_task_ends_to_the_bit(whole: tuple, task: int, steps: 
 
 def test_only_classes_of_the_key_compete_if_asked() -> None:
     logits, keys = torch.zeros(2, 5), torch.tensor([0, 1])
-    masked = among_classes(logits, keys, tasks=[0, 2], route=[0, 0, 2], task_sizes=[2, 1, 2])
+    masked = among_classes(logits, keys, tasks=[0, 2], route=[0, 0, 2], classes=[range(2), range(2, 3), range(3, 5)])
     assert torch.isinf(masked).tolist() == [[False, False, False, True, True], [True, True, True, False, False]]
 
 

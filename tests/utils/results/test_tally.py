@@ -14,10 +14,10 @@ SEEN, TASKS = 5, 2
 def test_batches_and_processes_add_up_to_what_one_pass_counts() -> None:
     logits = torch.randn(90, SEEN, generator=generator(0, "x"))
     labels = torch.randint(SEEN, (90,), generator=generator(0, "y"))
-    processes = [Tally(TASK_OF_CLASS, SEEN, TASKS) for _ in range(2)]
+    processes = [Tally(SEEN, TASKS) for _ in range(2)]
     for number, (x, y) in enumerate(zip(logits.split(7), labels.split(7), strict=True)):
-        processes[number % 2].add(x, y)
-    whole = Tally(TASK_OF_CLASS, SEEN, TASKS)
+        processes[number % 2].add(x, y, TASK_OF_CLASS)
+    whole = Tally(SEEN, TASKS)
     for mine, parts in zip(whole.sums, zip(*(tally.sums for tally in processes), strict=True), strict=True):
         mine += sum(parts)
     first = torch.tensor([max(range(SEEN), key=row.__getitem__) for row in logits.tolist()])

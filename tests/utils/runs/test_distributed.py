@@ -26,6 +26,10 @@ PORT = str(20000 + os.getpid() % 20000)  # where processes meet; the launchers' 
 # The second adapter is dropped by the held-out loss, so the head is fitted again, three times.
 TWO_TASKS = {**SMALL, "nb_tasks": 2, "epochs": 2, "batch_size": 43, "growth_rule": "val_loss", "val_fraction": 0.25,
              "growth_margin": 10, "refit_epochs": 1, "lambda_sparsity": 0.05, "forward_transfer": True}
+# Every method on new classes, and a domain-incremental stream.
+LEARNED = {**{name: method_values(name, batch_size=43) for name in LEARNERS},
+           "domains": method_values("sdlora", batch_size=43, inference="routed", scenario="domain",
+                                    task_domains=["negative", "plain"])}
 LOSSES = re.compile(r"(Task \d, Epoch \d/\d) => Loss ([\d.]+)(?: \(clf=([\d.]+), sparse=([\d.]+)\))?")
 
 # main.py in which process 1, at its third step, does what its environment says.
@@ -208,9 +212,9 @@ def test_a_process_that_fails_alone_says_so_and_ends_the_run(fault: str, status:
 def accelerated(tmp_path_factory) -> Path:
     """A folder per method, in which `accelerate launch` has had two processes learn, all methods in one start."""
     folder, paths = tmp_path_factory.mktemp("accelerated"), []
-    for name in LEARNERS:
+    for name, values in LEARNED.items():
         paths.append(folder / f"{name}.json")
-        paths[-1].write_text(json.dumps({**method_values(name, batch_size=43), "filepath": str(folder / name)}))
+        paths[-1].write_text(json.dumps({**values, "filepath": str(folder / name)}))
     (folder / "tiny.py").write_text(f"import trainer; trainer.write_pictures = lambda *_: None; {MAIN}")
     ended = command(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                     "--main_process_port", PORT, "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -220,7 +224,7 @@ def accelerated(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", LEARNED)
 def test_every_method_learns_in_two_processes_what_it_does_in_one(name: str, accelerated: Path, tmp_path: Path) -> None:
     path = accelerated / f"{name}.json"
     assert main(["--config", str(path), "--set", f"filepath={tmp_path / 'run'}"]) == 0
