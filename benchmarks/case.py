@@ -227,9 +227,14 @@ def use_reference(learner: SDLoRA, layers: Callable[..., list[torch.nn.Module]])
 
 
 def train_on(learner: BaseLearner, session: Any, images: Tensor, labels: Tensor, steps: int) -> None:
-    """`steps` steps of the learner's own training loop on one batch, in the first phase that its task has."""
-    supply, data = repeat((images, labels), steps), learner.data
-    data.train_batches, data.images_in_batch = lambda *_, **__: supply, lambda *_: len(images)
+    """`steps` steps of the learner's own training loop on one batch, in the first phase that its task has.
+
+    A method that looks at the task before it trains, under epochs beyond those of training, sees that batch once.
+    """
+    batch, data = (images, labels), learner.data
+    supply = repeat(batch, steps)
+    data.train_batches = lambda _, epoch, *__, **___: supply if epoch < learner.epochs() else iter([batch])
+    data.images_in_batch = lambda *_: len(images)
     own, learner.session = learner.session, session
     learner.train()
     learner.session = own

@@ -70,8 +70,7 @@ class Meter:
 
 
 class Position(NamedTuple):
-    """How far the current task has come, through all its phases: the next epoch, batch within it and optimizer step; the
-    epoch's sums so far."""
+    """How far the current task has come, in all its phases: the next epoch, batch in it and step; the epoch's sums so far."""
 
     epoch: int
     batch: int
@@ -82,9 +81,8 @@ class Position(NamedTuple):
 class GradientLearner(BaseLearner):
     """A frozen backbone with a growing head, trained with cross-entropy over the current task's classes.
 
-    In a run of several processes each computes its part of every batch, and one message per step adds up the gradients. A
-    DistributedDataParallel wrapper would have to be rebuilt for the new parameters of every task, and would average the gate's
-    loss, which belongs to the step and not to the images.
+    In a run of several processes each computes its part of every batch, and one message per step adds up the gradients:
+    DistributedDataParallel would average the gate's loss, which belongs to the step and not to the images.
     """
 
     class Keys(optimisation.OptimisationKeys, optimisation.LaterTaskKeys, optimisation.HeadKeys, RowFitKeys):

@@ -90,14 +90,13 @@ class Delimited(Watch):
 
 def evaluated(learner: BaseLearner, waits: int = 0) -> None:
     """As the trainer evaluates: one read at the end, and so many `waits` in every batch."""
-    seen = range(learner.data.seen_classes(learner.task))
-    tasks = int(learner.data.task_of_class[seen[-1]]) + 1
-    task_of_class = torch.as_tensor(learner.data.task_of_class).to(CUDA)
-    tally = Tally(task_of_class, len(seen), tasks)
+    data = getattr(learner.data, "_stream", learner.data)  # joint training is evaluated on the stream as it was cut
+    task = learner.data.tasks_learned(learner.task) - 1
+    tally = Tally(data.seen_classes(task), task + 1, CUDA)
     learner.start_evaluation()
     before = learner.session.mode.reads
-    for images, labels in learner.data.eval_batches("test", seen, 150):
-        tally.add(learner.predict(images), labels)
+    for images, labels, owners in data.test_batches(task, 150):
+        tally.add(learner.predict(images), labels, owners)
         before += waits
     assert learner.session.mode.reads == before
 

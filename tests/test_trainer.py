@@ -19,7 +19,18 @@ from main import main
 from models import LEARNERS, load_network
 from models.recipes import GATES
 from models.sdlora import SDLoRA
-from tests.helpers import PRETRAINED, ROOT, SMALL, learn, learner_of, method_values, refusal, small_values, tiny_config
+from tests.helpers import (
+    OF_METHOD,
+    PRETRAINED,
+    ROOT,
+    SMALL,
+    learn,
+    learner_of,
+    method_values,
+    refusal,
+    small_values,
+    tiny_config,
+)
 from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.calibration import Calibration
@@ -215,7 +226,8 @@ def test_a_dry_run_computes_nothing_on_images(changes: dict, tmp_path: Path, cap
     for name in ("train_batches", "eval_batches"):
         monkeypatch.setattr(DataManager, name, no_images)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**small_values(**TINY, **changes), "filepath": str(tmp_path / "run")}))
+    values = small_values(**TINY, **OF_METHOD.get(changes.get("model_name"), {}), **changes)
+    path.write_text(json.dumps({**values, "filepath": str(tmp_path / "run")}))
     assert main(["--config", str(path), "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["config"]["dataset"] == "digits" and (printed["trainable_parameters_task_0"] > 0) is (
