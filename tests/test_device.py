@@ -90,9 +90,8 @@ class Delimited(Watch):
 
 def evaluated(learner: BaseLearner, waits: int = 0) -> None:
     """As the trainer evaluates: one read at the end, and so many `waits` in every batch."""
-    data = getattr(learner.data, "_stream", learner.data)  # joint training is evaluated on the stream as it was cut
-    task = learner.data.tasks_learned(learner.task) - 1
-    tally = Tally(data.seen_classes(task), task + 1, CUDA)
+    data, task = learner.data, learner.task
+    tally = Tally(data.seen_classes(task), data.tasks_learned(task), CUDA)
     learner.start_evaluation()
     before = learner.session.mode.reads
     for images, labels, owners in data.test_batches(task, 150):
