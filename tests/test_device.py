@@ -90,8 +90,9 @@ class Delimited(Watch):
 
 def evaluated(learner: BaseLearner, waits: int = 0) -> None:
     """As the trainer evaluates: one read at the end, and so many `waits` in every batch."""
-    data, task = learner.data, learner.task
-    tally = Tally(data.seen_classes(task), data.tasks_learned(task), CUDA)
+    data = learner.data
+    task = data.tasks_learned(learner.task) - 1  # joint training has learned all, in its one
+    tally = Tally(data.tasks.seen[task], task + 1, CUDA)
     learner.start_evaluation()
     before = learner.session.mode.reads
     for images, labels, owners in data.test_batches(task, 150):
