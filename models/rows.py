@@ -29,7 +29,8 @@ class RowFitKeys(KeyGroup):
         'What the new head rows are: `"with_adapter"`, trained with the adapter as SD-LoRA does, or `"alike"`, fitted '
         "from 0 by an optimizer of their own to the network as it ends the task, so that no task's rows outshout others.")
     row_epochs: int | None = key(
-        None, "Epochs of such a fit; they run over features and cost little.", unset="the task's epochs", ge=1)
+        None, "Epochs of such a fit, in every task; they run over features and cost little.",
+        unset="the epochs of a later task", ge=1)
     row_views: int = key(
         2, "Augmented views of the task's images from which the features are taken, each by one pass through the network.",
         ge=1)
@@ -124,7 +125,8 @@ class RowFit:
 
 
 def fit_alike(learner: "GradientLearner", seen: list[Tensor]) -> RowFit:
-    """The fit of `row_fit` "alike": from 0, so that the rows of every task start and end in the same way."""
+    """The fit of `row_fit` "alike": from 0 and for as long in every task, so that no task's rows grow larger than others'."""
     learner.head.clear()
-    epochs = learner.config.row_epochs or learner.phases(learner.task)[0].epochs
+    later = min(1, learner.data.nb_tasks - 1)  # a first task that is trained for longer has no longer a fit
+    epochs = learner.config.row_epochs or learner.phases(later)[0].epochs
     return RowFit(learner, epochs, learner.config.row_views, scheduled=True, state=seen)

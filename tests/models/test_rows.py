@@ -65,3 +65,11 @@ def test_a_fit_says_what_it_does_and_goes_on_from_a_view_that_was_seen() -> None
     again.end_task()
     assert session.calls.count("Task 1: features for the row fit") == batches, "the first view is not looked at again"
     assert same(again, whole)
+
+
+def test_a_longer_first_task_has_no_longer_a_fit() -> None:
+    """Rows that were fitted for longer would be larger than those of all other tasks, and outshout them."""
+    learner = learner_of(tiny_config(row_fit="alike", init_epoch=3, epochs=2, nb_tasks=2, batch_size=64), session := Watch())
+    grown(learner, range(2))
+    fits = [session.calls.count(f"Task {task}: row fit") for task in range(2)]
+    assert fits == [2, 2] and learner.epochs() == 2
