@@ -64,13 +64,15 @@ def no_pictures() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tests that are marked slow start processes, but for git, which every run asks for the commit."""
+    """Only tests that are marked slow start processes, but for what every run asks of its machine: git for the commit, and
+    `platform`, once in a process, uname."""
     if request.node.get_closest_marker("slow"):
         return
     start = subprocess.Popen.__init__
 
     def checked(process: subprocess.Popen, args: object, *rest: object, **options: object) -> None:
-        assert isinstance(args, list) and args[0] == "git", f"a test that starts a process ({args}) is to be marked slow"
+        asked = isinstance(args, list) and args[0] in ("git", "uname")
+        assert asked, f"a test that starts a process ({args}) is to be marked slow"
         start(process, args, *rest, **options)
 
     def refused() -> int:
