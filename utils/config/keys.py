@@ -126,6 +126,12 @@ class DataKeys(KeyGroup):
         unset="`init_cls`", derive=lambda config: config.init_cls, ge=1)
     nb_tasks: int | None = key(
         None, "Stop after so many tasks: a short trial on the same stream.", unset="all tasks", ge=1)
+    images_per_class: int | None = key(
+        None,
+        "Learn from at most so many training images of every class, of a class that comes back in every task: few-shot "
+        "comparisons, and short trials of a large data set. The seed draws them, those of a smaller number among those of a "
+        "larger one; all test images stay.",
+        unset="all", ge=1)
     bad_images: Literal["stop", "skip"] = key(
         "stop",
         'Image files that cannot be decoded: `"stop"` at the first one, or `"skip"` them, for which every file is decoded '
