@@ -174,7 +174,8 @@ class BackboneKeys(KeyGroup):
         "vit_base_patch16_224",
         "The frozen vision transformer: the embedded `vit_glyph_tiny_patch8_32`, or any timm name or tag "
         "with a fused `attn.qkv` layer. `vit_base_patch16_224` means "
-        "`vit_base_patch16_224.augreg2_in21k_ft_in1k`.")
+        "`vit_base_patch16_224.augreg2_in21k_ft_in1k`. `pixels` is no network but the images themselves, 32 pixels wide if "
+        "`image_size` does not say otherwise: a floor, for methods that only train a head.")
     pretrained: bool = key(True, "Load pretrained weights; false starts from random ones, which only tests want.")
     backbone_weights: FilePath | None = key(
         None, "Local file with the backbone's weights (`.safetensors`, `.pth` or `.npz`), for machines without the hub.",
