@@ -328,8 +328,9 @@ def _titles(streams: Mapping[tuple, Sequence[Run]]) -> list[str]:
         first, later = config["init_cls"], config["increment"]
         sizes = f"{first} classes" if first == later or tasks == 1 else f"{first}, then {later} classes"
         domains = f", domains {' '.join(config['task_domains'])}" if config.get("task_domains") else ""
+        few = f", at most {config['images_per_class']} images of a class" if config.get("images_per_class") else ""
         word = "task" if config.get("scenario", "class") == "class" else "domain"
-        titles.append(f"{dataset}, {tasks} {word}{'s' * (tasks > 1)} of {sizes}{domains}, {network}")
+        titles.append(f"{dataset}, {tasks} {word}{'s' * (tasks > 1)} of {sizes}{domains}{few}, {network}")
         details.append(f"{classes} classes in all, data_path {folder}, shuffle {config['shuffle']}, weights {weights[:8]}")
     return [f"{title} ({detail})" if titles.count(title) > 1 else title
             for title, detail in zip(titles, details, strict=True)]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from backbone.class_token import read_class_token_alone
 from backbone.lora import merged_copy
+from backbone.pixels import PIXELS, load_pixels
 from backbone.vit import Identity, data_config, load_vit
 from utils.config import Config
 from utils.errors import UserError
@@ -42,8 +43,14 @@ class FrozenViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.vit(images)
 
+    def need_blocks(self, instead: str) -> None:
+        """Raises UserError, which says what to do `instead`, for a backbone that has none."""
+        if not len(self.vit.blocks):
+            raise UserError(f"backbone_type: '{self.identity.name}' has no blocks; {instead}.")
+
     def as_timm(self) -> nn.Module:
-        """timm's own network with the same features, adapters merged."""
+        """timm's own network with the same features, adapters merged; raises UserError where timm has none."""
+        self.need_blocks("timm does not know it, so export the run as torchscript or onnx")
         return merged_copy(self.vit)
 
     def early_tokens(self, images: Tensor) -> Tensor:
@@ -53,7 +60,10 @@ class FrozenViT(nn.Module):
 
 
 def create_backbone(config: Config, seed: int | None = None) -> FrozenViT:
-    """The frozen ViT that `config` names; `seed` (default: the config's first) makes random weights reproducible."""
+    """The frozen ViT that `config` names, or the images' own pixels in the place of one; `seed` (default: the config's first)
+    makes random weights reproducible."""
+    if config.backbone_type == PIXELS:
+        return FrozenViT(*load_pixels(config))
     return FrozenViT(*load_vit(config.backbone_type, pretrained=config.pretrained, weights=config.backbone_weights,
                                seed=config.seed[0] if seed is None else seed, image_size=config.image_size),
                      block=config.backbone_block, image_size=config.image_size)

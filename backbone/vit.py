@@ -30,7 +30,7 @@ class Identity:
 
     name: str
     tag: str
-    source: str  # "pretrained", "random" or the local file
+    source: str  # "pretrained", "random", the local file, or "none" where there are no weights
     sha256: str
     parameters: int
 

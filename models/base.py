@@ -64,6 +64,7 @@ class BaseLearner(Component, ABC):
     """
 
     reads_class_token_alone = True  # of the backbone's last block, which is then shortened
+    enters_blocks: ClassVar[bool] = True  # changes the network or trains it; False for what reads its features alone
     scenarios: ClassVar[tuple[str, ...]] = ("class",)  # those in which it is known to work; every method says its own
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -78,6 +79,9 @@ class BaseLearner(Component, ABC):
 
     def __init__(self, config: Config, data: DataManager, backbone: FrozenViT, seed: int, session: Session) -> None:
         self.config, self.data, self.seed, self.session = config, data, seed, session
+        if self.enters_blocks:
+            backbone.need_blocks(f"model_name {show(config.model_name)} works within them, so choose a vision transformer, or "
+                                 "a method that only trains a head")
         self.device = data.device
         self.task = -1
         if self.reads_class_token_alone:
@@ -179,12 +183,12 @@ class BaseLearner(Component, ABC):
     # ---- shared by all
 
     def embed(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
-        """Features `[b, d]` in the backbone's precision; it runs under autocast with `precision` bf16.
+        """Features `[b, d]` in the images' precision; the backbone runs under autocast with `precision` bf16.
 
         network: what takes the place of the whole backbone."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             features = (network or self._features)(images)
-        return features.to(next(self.backbone.parameters()).dtype)
+        return features.to(images.dtype)
 
     def trainable_parameters(self) -> int:
         """Number of scalars that the current task trains."""

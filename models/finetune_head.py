@@ -10,6 +10,7 @@ from models.training import GradientLearner
 class FinetuneHead(GradientLearner):
     """A control: the frozen backbone with the head alone, trained as SD-LoRA trains its head; what adapters must beat."""
 
+    enters_blocks = False
     scenarios = ("class", "domain")
 
     def groups(self) -> list[dict]:

@@ -18,6 +18,7 @@ from utils.runs import distributed
 class SimpleCIL(BaseLearner):
     """A control: nearest class mean by cosine similarity on frozen features, nothing trained (Zhou et al., 2023)."""
 
+    enters_blocks = False
     kind = CosineHead.kind  # its file is that of a cosine head
     scenarios = ("class", "domain")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from utils.data import Dataset
 from utils.data.domains import check_domains, first_appearances
 from utils.data.lenses import through_lenses
+from utils.data.portions import at_most, hold_out
 from utils.data.readers import View, decoded_bytes, free_memory
 from utils.data.series import Series, SeriesSource
 from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, Source, TensorSource, TestView
@@ -44,7 +45,8 @@ class DataManager:
     beforehand and leaves those out. `task_domains`: the image domain of every task (utils/data/domains.py); None shows
     all images as they are. `order_seed`: draws the class order, by default `seed` does. `scenario`: "class", new classes in
     every task, or "domain", the first `init_cls` classes in every task and another domain: those of `task_domains`, by default
-    all that the data set has of its own.
+    all that the data set has of its own. `images_per_class`: at most so many training images of every class are taken, before
+    `val_fraction` is; of a class that comes back, in every task.
 
     tasks: which classes each task has. class_order: natural labels of the stream's classes in their order. class_names: their
     names, in the same order. task_sizes: classes of each task. task_of_class: the task that brings each class, int64
@@ -71,6 +73,7 @@ class DataManager:
         task_domains: list[str] | None = None,
         order_seed: int | None = None,
         scenario: str = "class",
+        images_per_class: int | None = None,
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
@@ -86,7 +89,7 @@ class DataManager:
             self.tasks = Tasks.of_sizes(task_sizes([len(part.classes) for part in self.series.parts], init_cls, increment,
                                                    nb_tasks))
             self.task_domains = check_domains(task_domains, len(self.tasks.classes), own)
-        self.scenario, self.nb_tasks = scenario, len(self.tasks.classes)
+        self.scenario, self.images_per_class, self.nb_tasks = scenario, images_per_class, len(self.tasks.classes)
         self.task_sizes, self.task_of_class = [len(classes) for classes in self.tasks.classes], self.tasks.task_of_class
         self.order_seed = seed if order_seed is None else order_seed
         order = self.series.class_order(lambda classes: class_order(classes, self.order_seed, shuffle))
@@ -96,10 +99,11 @@ class DataManager:
         skip = bad_images == "skip"
         trained, test = (self._of_cells(self._usable(split, skip), number, own)
                          for number, split in enumerate(("train", "test")))
+        trained = at_most(images_per_class, trained, self.tasks, order, seed)
         if self.task_domains and not own:
             shown, (trained, test) = through_lenses(self.series.parts[0], self.tasks, self.task_domains, (trained, test), seed)
             self.series = Series(shown)
-        train, val = self._hold_out(trained, val_fraction)
+        train, val = hold_out(val_fraction, trained, self.tasks, order, self.class_names, seed)
         self._members = {"train": train, "val": val, "test": test}
         self._mean_std = None
         if mean_std is not None:
@@ -133,27 +137,6 @@ class DataManager:
                 raise UserError(f"task_domains: class '{self.class_names[label]}' has no image of the domain '{domain}'; "
                                 f"choose another order or domain.")
         return found
-
-    def _hold_out(self, members: list[np.ndarray], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Splits each cell's training images into what is trained on and what is held out, both sorted."""
-        train, val = [], []
-        for cell, images in enumerate(members):
-            if fraction == 0.0:
-                train.append(images)
-                val.append(images[:0])
-                continue
-            label, task = self.tasks.label_of_cell[cell], int(self.tasks.task_of_cell[cell])
-            if len(images) < 2:
-                raise UserError(
-                    f"val_fraction: class '{self.class_names[label]}' has {len(images)} training image, so none can be held "
-                    f"out; add images or choose a growth_rule other than val_loss."
-                )
-            count = min(max(1, round(fraction * len(images))), len(images) - 1)
-            again = () if task == self.task_of_class[label] else (task,)  # a class that comes back
-            drawn = torch.randperm(len(images), generator=generator(self.seed, "val", self.class_order[label], *again)).numpy()
-            val.append(np.sort(images[drawn[:count]]))
-            train.append(np.sort(images[drawn[count:]]))
-        return train, val
 
     def task_classes(self, task: int) -> range:
         """Stream labels of the classes of `task`."""
@@ -339,6 +322,7 @@ class DataManager:
             "class_names": self.class_names,
             **({"task_domains": self.task_domains} if self.task_domains else {}),
             **({"scenario": self.scenario} if self.scenario != "class" else {}),  # so that older sums stay what they are
+            **({"images_per_class": self.images_per_class} if self.images_per_class is not None else {}),
             "images": {split: self.series.digest(split) for split in ("train", "test")},
             "tasks": tasks,
         }

@@ -123,7 +123,7 @@ def test_the_same_config_run_twice_is_two_methods(base, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"dataset": "glyphs"}, {"init_cls": 5}, {"increment": 20}, {"data_path": "./other"},
-                                    {"task_domains": ["plain", "dots", "plain"]}, {"shuffle": False}])
+                                    {"task_domains": ["plain", "dots", "plain"]}, {"shuffle": False}, {"images_per_class": 5}])
 def test_unlike_streams_are_never_in_one_table(runs, base, change):
     save(runs / "other", varied(base, 1993, **change))
     first, second = sorted(streams(runs), key=lambda stream: len(stream.methods))

@@ -126,6 +126,12 @@ class DataKeys(KeyGroup):
         unset="`init_cls`", derive=lambda config: config.init_cls, ge=1)
     nb_tasks: int | None = key(
         None, "Stop after so many tasks: a short trial on the same stream.", unset="all tasks", ge=1)
+    images_per_class: int | None = key(
+        None,
+        "Learn from at most so many training images of every class, of a class that comes back in every task: few-shot "
+        "comparisons, and short trials of a large data set. The seed draws them, those of a smaller number among those of a "
+        "larger one; all test images stay.",
+        unset="all", ge=1)
     bad_images: Literal["stop", "skip"] = key(
         "stop",
         'Image files that cannot be decoded: `"stop"` at the first one, or `"skip"` them, for which every file is decoded '
@@ -168,7 +174,8 @@ class BackboneKeys(KeyGroup):
         "vit_base_patch16_224",
         "The frozen vision transformer: the embedded `vit_glyph_tiny_patch8_32`, or any timm name or tag "
         "with a fused `attn.qkv` layer. `vit_base_patch16_224` means "
-        "`vit_base_patch16_224.augreg2_in21k_ft_in1k`.")
+        "`vit_base_patch16_224.augreg2_in21k_ft_in1k`. `pixels` is no network but the images themselves, 32 pixels wide if "
+        "`image_size` does not say otherwise: a floor, for methods that only train a head.")
     pretrained: bool = key(True, "Load pretrained weights; false starts from random ones, which only tests want.")
     backbone_weights: FilePath | None = key(
         None, "Local file with the backbone's weights (`.safetensors`, `.pth` or `.npz`), for machines without the hub.",

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from utils.data.domains import apply_domain
 from utils.data.sets import Dataset, Split
-from utils.data.tasks import Tasks
+from utils.data.tasks import Members, Tasks
 from utils.errors import UserError
-
-Members = list[np.ndarray]  # for each cell the numbers of its images within a split
 
 
 def through_lenses(dataset: Dataset, tasks: Tasks, domains: Sequence[str], members: tuple[Members, Members], seed: int

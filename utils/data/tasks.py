@@ -15,6 +15,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 
+Members = list[np.ndarray]  # for each cell the numbers of its images within a split
+
 
 class Tasks:
     """The classes of each task, one range after another; cells are numbered task by task."""

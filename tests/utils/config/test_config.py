@@ -146,7 +146,8 @@ def test_only_what_the_trainer_resolves_stays_null():
     open_keys = {key for key, value in config_from_dict(MINIMAL).model_dump().items() if value is None}
     assert open_keys == {
         "nb_tasks", "task_domains", "backbone_weights", "backbone_block", "image_size", "rank_schedule", "alpha_lr", "gate_lr",
-        "head_lr", "refit_lr", "tuned_epoch", "checkpoint_steps", "num_workers", "max_grad_norm", "row_epochs", "order_seed"}
+        "head_lr", "refit_lr", "tuned_epoch", "checkpoint_steps", "num_workers", "max_grad_norm", "row_epochs", "order_seed",
+        "images_per_class"}
 
 
 def test_null_is_the_default(tmp_path):
