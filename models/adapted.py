@@ -67,9 +67,8 @@ class BottleneckLearner(GradientLearner):
         """What the step's dropout hangs on: (seed, task, step), and which images of the batch this process has."""
         config, data = self.config, self.data
         total = data.images_in_batch(self.task, step % data.steps_per_epoch(self.task, config.batch_size), config.batch_size)
-        number, parts = distributed.part()
         drawn = stream_seed(self.seed, "dropout", self.task, step) % 2**32
-        self._drawn = (torch.full((), drawn, device=self.device), number * (total // parts) + min(number, total % parts))
+        self._drawn = torch.full((), drawn, device=self.device), distributed.part_of_batch(total, distributed.part()).start
 
     def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.current_logits(self.embed_dropping(images))

@@ -16,7 +16,6 @@ As in the official code, JiangpengHe/CL-LoRA at df4e74e; docs/BASELINES.md says 
 the code is not done. The shared blocks are computed once for all tasks' features.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +158,10 @@ class CLLoRA(GradientLearner):
         self.bank.commit()
 
     @torch.no_grad()
-    def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _task_features(self) -> Features:
         """As for others, of the newest adapters' features alone: class means are taken of no others."""
-        for images, labels in self.task_images("class statistics of the head"):
-            yield self.embed(images), labels
+        for images, labels, places in self.task_images("class statistics of the head"):
+            yield self.embed(images), labels, places
 
     def end_task(self) -> TaskReport:
         super().end_task()

@@ -58,9 +58,9 @@ class RetrievingHead(ContinuedHead):
         first, _ = class_sums([], classes, self.prototypes)
 
         def newest() -> Features:
-            for batch, labels in features:
-                first.add_(class_sums([(batch[:, :self.width], labels)], classes, first)[0])
-                yield batch[:, -self.width:], labels
+            for batch, labels, places in features:
+                first.add_(class_sums([(batch[:, :self.width], labels, places)], classes, first)[0])
+                yield batch[:, -self.width:], labels, places
 
         return [*super().collect(newest(), classes), first]
 

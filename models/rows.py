@@ -95,16 +95,15 @@ class RowFit:
     def _look(self, view: int, whole: bool) -> Tensor:
         """Features `[n, d]` of one view, in the order of its batches."""
         learner, size = self.learner, self.learner.config.batch_size
-        data, task, (number, parts) = learner.data, learner.task, distributed.part()
+        data, task, part = learner.data, learner.task, distributed.part()
         steps = data.steps_per_epoch(task, size)
         features = learner.head.weight.new_zeros(data.train_size(task), learner.backbone.width)
-        batches = data.train_batches(task, self._epoch_number(view), size, part=(number, parts))
+        places = distributed.parts_of_batches(data.train_size(task), size, part)
+        batches = data.train_batches(task, self._epoch_number(view), size, part=part)
         for batch, (images, labels) in enumerate(batches):
             learner.work("features for the row fit", view * steps + batch, self.views * steps, whole)
             if len(labels):
-                total = data.images_in_batch(task, batch, size)
-                start = batch * size + number * (total // parts) + min(number, total % parts)
-                features[start:start + len(labels)] = learner.embed(images)
+                features[places[batch].start:places[batch].stop] = learner.embed(images)
         distributed.add_up(features)  # every process has filled in its part of zeros
         return features
 

@@ -217,7 +217,7 @@ class SDLoRA(GradientLearner):
 
     def _held_out_loss(self) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of the loss and of images, read once
-        for images, labels in self.task_images("held-out loss", "val"):
+        for images, labels, _ in self.task_images("held-out loss", "val"):
             sums[0] += F.cross_entropy(self.head.current_logits(self.embed(images)), labels, reduction="sum")
             sums[1] += len(labels)
         distributed.add_up(sums)

@@ -183,11 +183,9 @@ class SEMA(GradientLearner):
     def _remember(self, total: int) -> None:
         """The errors of a step's whole batch, of `total` images, are put down for every descriptor in training."""
         cells = [cell for cell in self.bank.cells if cell.grows and cell.current(DESCRIPTOR)]
-        number, parts = self._process
-        first, errors = number * (total // parts) + min(number, total % parts), cells[0].recent.new_zeros(len(cells), total)
+        own, errors = distributed.part_of_batch(total, self._process), cells[0].recent.new_zeros(len(cells), total)
         if self._errors:
-            own = torch.cat(self._errors, 1)
-            errors[:, first:first + own.shape[1]] = own
+            errors[:, own.start:own.stop] = torch.cat(self._errors, 1)
         distributed.add_up(errors)
         for cell, of_cell in zip(cells, errors, strict=True):
             cell.remember(of_cell)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.heads import HEADS
-from backbone.heads.linear import GrowingHead
+from backbone.heads.linear import Features, GrowingHead
 from models import optimisation
 from models.base import BaseLearner, TaskReport
 from models.optimisation import Phase, epochs_of, make_optimizer, make_row_optimizer, scale_learning_rates, schedule_factor
@@ -287,20 +287,20 @@ class GradientLearner(BaseLearner):
         return self.head(self.features(images))
 
     @torch.no_grad()
-    def _task_features(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the task's training images under the test transform: `features` of them, labels from 0."""
-        for images, labels in self.task_images("class statistics of the head"):
-            yield self.features(images), labels
+    def _task_features(self) -> Features:
+        """One pass over the task's training images under the test transform, with `features` in place of the images."""
+        for images, labels, places in self.task_images("class statistics of the head"):
+            yield self.features(images), labels, places
 
-    def task_images(self, title: str, split: str = "train") -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the current task's images under the test transform, with labels from 0, batch by batch; a
-        signal stops it between two batches. `title`: what is done with them."""
-        classes, cells, size = self.data.task_classes(self.task), self.data.task_cells(self.task), self.config.batch_size
-        total = self.data.eval_batch_count(split, cells, size)
-        for number, (images, labels) in enumerate(self.data.eval_batches(split, cells, size, distributed.part())):
-            self.work(title, number, total)
+    def task_images(self, title: str, split: str = "train") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """This process's part of the current task's images under the test transform, with labels from 0 and places int64 `[b]`
+        in the pass of all processes, batch by batch; a signal stops it between two. `title`: what is done with them."""
+        data, cells, size, part = self.data, self.data.task_cells(self.task), self.config.batch_size, distributed.part()
+        own, first = distributed.parts_of_batches(data.eval_size(split, cells), size, part), data.task_classes(self.task).start
+        for number, (images, labels) in enumerate(data.eval_batches(split, cells, size, part)):
+            self.work(title, number, len(own))
             if len(labels):
-                yield images, labels - classes.start
+                yield images, labels - first, torch.arange(own[number].start, own[number].stop, device=self.device)
 
     def work(self, title: str, done: int, total: int, whole: bool = False) -> None:
         """`Session.work`, for the current task."""

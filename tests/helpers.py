@@ -30,6 +30,7 @@ from utils.config.components import chosen, config_class
 from utils.results.metrics import TaskCounts, summary
 from utils.results.plots import write_pictures
 from utils.rng import generator
+from utils.runs.distributed import parts_of_batches
 from utils.runs.files import write_sealed_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "codaprompt": {"prompt_components": 6, "prompt_length": 4, "prompt_blocks": [0, 1], "ortho_mu": 0.1},
     "litelora": {"batch_size_p2": 32},
     "sema": {"growing_share": 1.0, "rd_epochs": 2, "rd_dim": 8, "expansion_threshold": 0.0, "detect_batch_size": 32},
-    "ranpac": {"ridge_dim": 64, "ridge_lambda": 1.0},  # each process holds out a fifth of its own part to choose it
+    "ranpac": {"ridge_dim": 64},
 }
 
 
@@ -92,6 +93,13 @@ def learn(learner: BaseLearner, tasks: range, end_last: bool = True) -> BaseLear
         if end_last or task + 1 < tasks.stop:
             learner.end_task()
     return learner
+
+
+def in_batches(features: Tensor, labels: Tensor, size: int = 7, part: tuple[int, int] = (0, 1)
+               ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What a head collects of a task whose images have these features `[n, d]` and labels, by process `part` (k, n)."""
+    for own in parts_of_batches(len(labels), size, part):
+        yield features[own.start:own.stop], labels[own.start:own.stop], torch.arange(own.start, own.stop)
 
 
 def grown(learner: BaseLearner, tasks: range, begin_next: bool = False) -> BaseLearner:

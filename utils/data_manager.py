@@ -27,6 +27,7 @@ from utils.data.sources import DecodedSource, EvaluationFileSource, FileSource, 
 from utils.data.tasks import Tasks, class_order, domain_tasks, task_sizes
 from utils.errors import UserError, unknown
 from utils.rng import generator
+from utils.runs.distributed import parts_of_batches
 
 PLACEMENTS = ("auto", "memory", "lazy")
 _SHARE = 4  # images are kept in a memory if they take at most this fraction of what is free there
@@ -165,7 +166,7 @@ class DataManager:
 
     def train_size(self, task: int) -> int:
         """Training images of `task`, without the held-out ones."""
-        return sum(len(self._members["train"][cell]) for cell in self.task_cells(task))
+        return self.eval_size("train", self.task_cells(task))
 
     def steps_per_epoch(self, task: int, batch_size: int) -> int:
         """Batches of an epoch; the last may be smaller."""
@@ -185,7 +186,7 @@ class DataManager:
         part is read; in an epoch's last batch it may be empty.
         """
         index, labels = self._shuffled(task, epoch)
-        order, sizes = _part_of(np.arange(skip * batch_size, len(index)), batch_size, part)
+        order, sizes = _end_to_end(parts_of_batches(len(index), batch_size, part, skip))
         images = self._sources["train"].train(index[order], View(self.seed, task, epoch), max(sizes, default=1))
         yield from zip(self._batches(images, sizes), torch.from_numpy(labels[order]).to(self.device).split(sizes), strict=True)
 
@@ -193,9 +194,13 @@ class DataManager:
         """Stream labels int64 `[n]` of `task`'s training images, on the device, in the order of that epoch's batches."""
         return torch.from_numpy(self._shuffled(task, epoch)[1]).to(self.device)
 
+    def eval_size(self, split: SplitName, cells: range) -> int:
+        """How many images `eval_batches` gives, in all parts together."""
+        return sum(len(self._members[split][cell]) for cell in cells)
+
     def eval_batch_count(self, split: SplitName, cells: range, batch_size: int) -> int:
         """How many batches `eval_batches` gives."""
-        return -(-sum(len(self._members[split][cell]) for cell in cells) // batch_size)
+        return -(-self.eval_size(split, cells) // batch_size)
 
     def eval_batches(
         self, split: SplitName, cells: range, batch_size: int, part: tuple[int, int] = (0, 1)
@@ -221,7 +226,7 @@ class DataManager:
                    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images under the test transform, their tasks and their labels."""
         index, numbers = self._gather(split, cells)
-        order, sizes = _part_of(np.arange(len(index)), batch_size, part)
+        order, sizes = _end_to_end(parts_of_batches(len(index), batch_size, part))
         source = self._sources["test" if split == "test" else "train"]
         tasks, labels = (torch.from_numpy(each[numbers[order]]).to(self.device)
                          for each in (self.tasks.task_of_cell, self.tasks.label_of_cell))
@@ -357,13 +362,6 @@ class JoinedStream(DataManager):
         return self._stream._sources  # not read into memory a second time
 
 
-def _part_of(order: np.ndarray, batch_size: int, part: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
-    """Of batches of `batch_size`, the images in part (k, n) of each, end to end, and how many of each batch they are.
-
-    The first parts take what does not divide evenly, so that only a last batch smaller than the number of parts leaves some
-    of them without an image, and never the first.
-    """
-    number, parts = part
-    batches = np.split(order, range(batch_size, len(order), batch_size)) if len(order) else []
-    mine = [np.array_split(batch, parts)[number] for batch in batches]
-    return np.concatenate([order[:0], *mine]), [len(images) for images in mine]
+def _end_to_end(parts: list[range]) -> tuple[np.ndarray, list[int]]:
+    """The places of all batches in one array, and how many each has."""
+    return np.concatenate([np.arange(0), *(np.arange(each.start, each.stop) for each in parts)]), list(map(len, parts))

@@ -51,7 +51,7 @@ class AlignedHead(GrowingHead):
         options = {"dtype": torch.float64, "device": self.weight.device}
         counts = torch.zeros(classes, **options)
         sums, products = (torch.zeros(classes, *shape, **options) for shape in ((self.width,), (self.width, self.width)))
-        for batch, labels in features:
+        for batch, labels, _ in features:
             wide = batch.double()
             for label in range(classes):  # whichever are in the batch: to ask would be to wait for the device
                 chosen = (labels == label)[:, None]

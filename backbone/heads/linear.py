@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from utils.config import Component, Config
 
 Pause = Callable[[str, int, int], None]  # called between parts of longer work: what it is, parts done, parts in all
-Features = Iterable[tuple[Tensor, Tensor]]  # batches of features [b, d] and labels int64 [b], 0 for the task's first class
+# Batches of features [b, d], labels int64 [b], 0 for the task's first class, and int64 [b], which place each image has in the
+# pass over all images of the task: 0, 1, ... whatever the batches, and whichever of several processes sees it.
+Features = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 
 class GrowingHead(Component, nn.Module):

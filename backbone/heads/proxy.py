@@ -118,7 +118,7 @@ def class_sums(features: Features, classes: int, like: Tensor) -> list[Tensor]:
     """Sums `[c, k]` of features `[b, k]` and numbers `[c]` of the images of each class, float64, on the device of `like`."""
     sums = torch.zeros(classes, like.shape[-1], dtype=torch.float64, device=like.device)
     counts = torch.zeros(classes, dtype=torch.float64, device=like.device)
-    for batch, labels in features:
+    for batch, labels, _ in features:
         members = F.one_hot(labels, classes).double()  # [b, c]: a product sums in a fixed order
         sums += members.T @ batch.double()
         counts += members.sum(0)

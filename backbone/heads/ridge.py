@@ -72,11 +72,9 @@ class RidgeHead(GrowingHead):
         """gram `[M, M]` and cross `[M, c]` of the images to fit, then of those held out."""
         size, options = len(self.gram), {"dtype": torch.float64, "device": self.weight.device}
         sums = [torch.zeros(size, columns, **options) for columns in (size, classes) * 2]
-        number = 0
-        for batch, labels in features:
+        for batch, labels, places in features:
             h, y = self.random_features(batch).double(), F.one_hot(labels, classes).double()
-            held_out = (torch.arange(number, number + len(h), device=h.device) + 1) % HELD_OUT == 0
-            number += len(h)
+            held_out = (places + 1) % HELD_OUT == 0
             for part, rows in ((0, ~held_out), (2, held_out)):
                 chosen = h * rows[:, None]  # to pick rows by a mask would be to wait for the device
                 sums[part] += chosen.T @ h

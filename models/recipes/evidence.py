@@ -80,7 +80,7 @@ class Evidence(Recipe):
         sums = torch.zeros(classes, key_size(learner.bank.width), dtype=torch.float64, device=learner.device)
         counts = torch.zeros(classes, dtype=torch.float64, device=learner.device)
         with learner.bank.silenced():
-            for images, labels in learner.task_images("how far its images have moved"):
+            for images, labels, _ in learner.task_images("how far its images have moved"):
                 members = F.one_hot(labels, classes).to(sums)  # [b, c]: a product sums in a fixed order
                 sums += members.T @ token_statistics(learner.backbone.early_tokens(images))
                 counts += members.sum(0)

@@ -109,7 +109,7 @@ class Routed(GumbelSparsemax):
         sums, counts = torch.zeros(classes, key_size(learner.bank.width), **options), torch.zeros(classes, **options)
         total, products = torch.zeros(size, **options), torch.zeros(size, size, **options)
         with learner.bank.silenced():
-            for images, labels in learner.task_images("how far its images have moved"):
+            for images, labels, _ in learner.task_images("how far its images have moved"):
                 tokens = learner.backbone.early_tokens(images)
                 members = F.one_hot(labels, classes).to(sums)  # [b, c]: a product sums in a fixed order
                 sums += members.T @ token_statistics(tokens)

@@ -16,7 +16,7 @@ from backbone.heads.aligned import LOGIT_NORM, AlignedHead, factor, level
 from backbone.heads.cosine import CosineHead
 from backbone.heads.ridge import CANDIDATES, HELD_OUT, RidgeHead
 from models import load_network
-from tests.helpers import PRETRAINED, Watch, learn, learner_of, resumed, same, test_images, tiny_config
+from tests.helpers import PRETRAINED, Watch, in_batches, learn, learner_of, resumed, same, test_images, tiny_config
 from tests.tiny_backbone import WIDTH
 from utils.errors import UserError
 
@@ -49,8 +49,7 @@ def fed(kind: type, features: Tensor, labels: Tensor, batch: int = 7, **changes)
         head.grow(2, torch.Generator().manual_seed(task))
         head.commit()
         mine = labels // 2 == task
-        batches = zip(features[mine].split(batch), (labels[mine] - 2 * task).split(batch))
-        head.absorb(head.collect(batches, 2), task, quiet)
+        head.absorb(head.collect(in_batches(features[mine], labels[mine] - 2 * task, batch), 2), task, quiet)
     return head
 
 
@@ -175,6 +174,27 @@ def test_auto_takes_the_penalty_with_the_smallest_error_on_images_left_out() -> 
     assert torch.allclose(head.readout, fed(RidgeHead, features, labels, ridge_lambda=chosen).readout) and min(errors) > 0
 
 
+@pytest.mark.parametrize("processes, size", [(1, 100), (2, 35), (2, 286), (3, 7)])
+@pytest.mark.parametrize("changes", [{"model_name": "finetune_head", "head": "ridge"}, {"model_name": "ranpac"}])
+def test_every_fifth_image_of_the_pass_is_held_out_whichever_process_sees_it(changes: dict, processes: int, size: int,
+                                                                             monkeypatch) -> None:
+    """Of the 287 images of a task, in passes as every process in turn would make them."""
+    learner = learner_of(tiny_config(**changes, nb_tasks=2, ridge_dim=48, batch_size=size))
+    learner.begin_task(0)
+    (images, labels), = learner.data.eval_batches("train", range(2), 287)
+    mixed = torch.randn(images[0].numel(), WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    learner.features = lambda images: images.double().flatten(1) @ mixed  # sums by the network differ in more than the order
+    parts = []
+    for number in range(processes):
+        monkeypatch.setattr("utils.runs.distributed.part", lambda part=(number, processes): part)
+        parts.append(learner.head.collect(learner._task_features(), 2))
+    h, y = learner.head.random_features(learner.features(images)), F.one_hot(labels, 2).double()
+    out = torch.arange(1, 288) % 5 == 0
+    for sums, rows in ((slice(0, 2), ~out), (slice(2, 4), out)):
+        torch.testing.assert_close([sum(each) for each in list(zip(*parts))[sums]],
+                                   [h[rows].T @ h[rows], h[rows].T @ y[rows]])
+
+
 def test_a_penalty_that_is_too_small_is_one_sentence() -> None:
     features, labels = stream_of_features(classes=2, images=5)  # fewer images than random features
     with pytest.raises(UserError, match="^ridge_lambda: 1e-300 is too small"):
@@ -193,18 +213,20 @@ def test_linear_rows_answer_while_a_task_is_learned() -> None:
 # ---- every head
 
 
+@pytest.mark.parametrize("processes, size", [(2, 7), (2, 30), (3, 5)])
 @pytest.mark.parametrize("kind", [AlignedHead, RidgeHead])
-def test_sums_add_up_over_parts_of_the_images(kind: type) -> None:
-    """What several processes collect of a task is added up."""
+def test_sums_add_up_over_parts_of_the_images(kind: type, processes: int, size: int) -> None:
+    """What several processes collect of a task is added up, also where some have nothing of its last batch."""
     features, labels = stream_of_features(classes=2)
-    config = config_of(kind.kind, **({"ridge_lambda": 0.1} if kind is RidgeHead else {}))
-    whole, parts = (kind(8, config, 0).double() for _ in range(2))
+    whole, parts = (kind(8, config_of(kind.kind), 0).double() for _ in range(2))
     for head in (whole, parts):
         head.grow(2, torch.Generator().manual_seed(0))
         head.commit()
-    halves = [parts.collect([(features[half::2], labels[half::2])], 2) for half in (0, 1)]
-    parts.absorb([a + b for a, b in zip(*halves)], 0, quiet)
-    whole.absorb(whole.collect([(features, labels)], 2), 0, quiet)
+    each = [parts.collect(in_batches(features, labels, size, (number, processes)), 2) for number in range(processes)]
+    together, alone = [sum(sums) for sums in zip(*each)], whole.collect(in_batches(features, labels, len(labels)), 2)
+    torch.testing.assert_close(together, alone)
+    parts.absorb(together, 0, quiet)
+    whole.absorb(alone, 0, quiet)
     for mine, theirs in zip(parts.buffers(), whole.buffers(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
 

@@ -23,7 +23,7 @@ from backbone.heads.proxy import PrototypeHead
 from main import main
 from models import LEARNERS, BaseLearner, load_network
 from models.simplecil import SimpleCIL
-from tests.helpers import OF_METHOD, learn, learner_of, method_values, pictures, resumed, same, tiny_config
+from tests.helpers import OF_METHOD, in_batches, learn, learner_of, method_values, pictures, resumed, same, tiny_config
 from tests.tiny_backbone import TINY
 from trainer import run
 from utils.config import Config, config_from_dict
@@ -172,13 +172,13 @@ def features_of(domain: int, images: int = 40, width: int = 8) -> tuple[Tensor, 
     return centres[labels] + domain + torch.randn(len(labels), width, generator=draw, dtype=torch.float64) / 2, labels
 
 
-def fed(kind: type, batches: list[list[tuple[Tensor, Tensor]]], **changes):
-    """A head in float64 that has learned the same three classes in each of these lists of batches, without training."""
+def fed(kind: type, tasks: list[tuple[Tensor, Tensor]], **changes):
+    """A head in float64 that has learned the same three classes in each of these tasks, without training."""
     head = kind(8, tiny_config(**changes), 0).double()
-    for task, each in enumerate(batches):
-        head.begin(range(3), (task, len(batches)), generator(task, "rows"))
+    for task, each in enumerate(tasks):
+        head.begin(range(3), (task, len(tasks)), generator(task, "rows"))
         head.commit()
-        head.absorb(head.collect(each, 3), task, lambda *_: None)
+        head.absorb(head.collect(in_batches(*each), 3), task, lambda *_: None)
     return head
 
 
@@ -205,8 +205,8 @@ def test_ridge_adds_up_the_sums_of_all_domains() -> None:
     """Two domains one after the other give what all images at once give."""
     (f, y), (g, z) = features_of(0), features_of(1)
     keys = {"model_name": "finetune_head", "head": "ridge", "ridge_dim": 24, "ridge_lambda": 0.1}
-    parts = fed(HEADS["ridge"], [[(f, y)], [(g, z)]], **keys)
-    whole = fed(HEADS["ridge"], [[(torch.cat([f, g]), torch.cat([y, z]))]], **keys)
+    parts = fed(HEADS["ridge"], [(f, y), (g, z)], **keys)
+    whole = fed(HEADS["ridge"], [(torch.cat([f, g]), torch.cat([y, z]))], **keys)
     torch.testing.assert_close(parts.gram, whole.gram)
     torch.testing.assert_close(parts.cross, whole.cross)
     torch.testing.assert_close(parts(f), whole(f))
@@ -215,11 +215,11 @@ def test_ridge_adds_up_the_sums_of_all_domains() -> None:
 
 def test_class_means_are_of_the_images_of_all_domains() -> None:
     (f, y), (g, z) = features_of(0), features_of(1)
-    head = fed(PrototypeHead, [[(f, y)], [(g, z)]])
+    head = fed(PrototypeHead, [(f, y), (g, z)])
     both, labels = torch.cat([f, g]), torch.cat([y, z])
     torch.testing.assert_close(head.prototypes, torch.stack([both[labels == label].mean(0) for label in range(3)]))
     assert head.images.tolist() == labels.bincount().tolist()
-    assert len(fed(PrototypeHead, [[(f, y)]]).images) == 0, "nothing is stored for classes that never come back"
+    assert len(fed(PrototypeHead, [(f, y)]).images) == 0, "nothing is stored for classes that never come back"
 
 
 def test_simplecil_has_the_means_of_all_domains() -> None:
@@ -231,12 +231,12 @@ def test_simplecil_has_the_means_of_all_domains() -> None:
 
 
 def test_the_aligned_head_draws_a_class_from_all_of_its_domains() -> None:
-    batches = [[features_of(domain)] for domain in range(2)]
-    head = fed(HEADS["aligned"], batches, model_name="finetune_head", head="aligned", align_epochs=1, align_samples=2000)
+    tasks = [features_of(domain) for domain in range(2)]
+    head = fed(HEADS["aligned"], tasks, model_name="finetune_head", head="aligned", align_epochs=1, align_samples=2000)
     assert head.means.shape == (6, 8) and head.weight.shape == (3, 8)
     drawn, labels = head.draw([head.factor(number) for number in range(6)], 2000, generator(1, "draw"))
     for label in range(3):
-        mean = torch.stack([f[y == label].mean(0) for (f, y), in batches]).mean(0)
+        mean = torch.stack([f[y == label].mean(0) for f, y in tasks]).mean(0)
         torch.testing.assert_close(drawn[labels == label].mean(0), mean, atol=0.1, rtol=0)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from backbone.heads.aligned import JITTER
 from models.slca import SLCA, ReturningHead
-from tests.helpers import ROOT, learner_of, small_config, with_images_in_float64
+from tests.helpers import ROOT, in_batches, learner_of, small_config, with_images_in_float64
 from tests.models.plain_adapters import fresh, plain_features
 from utils.config import load_config
 from utils.errors import UserError
@@ -58,7 +58,7 @@ def learned(head: ReturningHead, task: int) -> None:
     head.grow(3, generator(task, "rows"))
     assert head.new_weight.std().item() == pytest.approx(0.02, rel=0.6) and head.new_bias.abs().max() == 0
     head.commit()
-    head.absorb(head.collect([features_of(task)], 3), task, lambda *args: None)
+    head.absorb(head.collect(in_batches(*features_of(task)), 3), task, lambda *args: None)
 
 
 def test_alignment_is_that_of_the_official_code() -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a data-parallel run say to each other, over Hugging Face Accelerate.
+"""Which images each process of a data-parallel run sees, and what they say to each other, over Hugging Face Accelerate.
 
 In a run of one process every function here does nothing, or only calls what it is given. In a run of several, all processes
 must call the same functions in the same order; a process that fails leaves, and the others then fail in their next call.
@@ -65,6 +65,23 @@ def is_main() -> bool:
 def part() -> tuple[int, int]:
     """This process's number and how many there are: its part of every batch."""
     return (place().rank, place().processes) if _joined() else (0, 1)
+
+
+def part_of_batch(images: int, part: tuple[int, int]) -> range:
+    """Of a batch's `images` in a row those in part (k, n): as equal as can be, the first parts taking what does not divide
+    evenly, so that only a batch smaller than the number of parts leaves some of them without an image."""
+    number, parts = part
+    size, over = divmod(images, parts)
+    first = number * size + min(number, over)
+    return range(first, first + size + (number < over))
+
+
+def parts_of_batches(images: int, batch_size: int, part: tuple[int, int], skip: int = 0) -> list[range]:
+    """Of a pass over `images` in batches of `batch_size`, without the first `skip`: which places in the pass the images have
+    that are in `part` of each batch. Only the last can be none."""
+    firsts = range(skip * batch_size, images, batch_size)
+    own = [part_of_batch(min(batch_size, images - first), part) for first in firsts]
+    return [range(first + each.start, first + each.stop) for first, each in zip(firsts, own, strict=True)]
 
 
 def add_up(*tensors: Tensor) -> None:

@@ -6,16 +6,20 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from backbone.heads.linear import Pause
+from backbone.heads.ridge import RidgeHead
 from main import main
 from models import LEARNERS
 from tests.helpers import ROOT, SMALL, method_values
 from tests.tiny_backbone import MAIN
+from utils.runs import distributed
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ENVIRONMENT = {**{name: value for name, value in os.environ.items() if name not in PLACES},
@@ -26,10 +30,12 @@ PORT = str(20000 + os.getpid() % 20000)  # where processes meet; the launchers' 
 # The second adapter is dropped by the held-out loss, so the head is fitted again, three times.
 TWO_TASKS = {**SMALL, "nb_tasks": 2, "epochs": 2, "batch_size": 43, "growth_rule": "val_loss", "val_fraction": 0.25,
              "growth_margin": 10, "refit_epochs": 1, "lambda_sparsity": 0.05, "forward_transfer": True}
-# Every method on new classes, and a domain-incremental stream.
+# Every method on new classes, a head that chooses its penalty, and a domain-incremental stream.
 LEARNED = {**{name: method_values(name, batch_size=43) for name in LEARNERS},
+           "ridge": method_values("finetune_head", batch_size=43, head="ridge", ridge_dim=48),
            "domains": method_values("sdlora", batch_size=43, inference="routed", scenario="domain",
                                     task_domains=["negative", "plain"])}
+PENALTY = re.compile(r"Task \d: ridge_lambda \S+")
 LOSSES = re.compile(r"(Task \d, Epoch \d/\d) => Loss ([\d.]+)(?: \(clf=([\d.]+), sparse=([\d.]+)\))?")
 
 # main.py in which process 1, at its third step, does what its environment says.
@@ -208,6 +214,16 @@ def test_a_process_that_fails_alone_says_so_and_ends_the_run(fault: str, status:
     assert time.monotonic() - started < 120
 
 
+def leaving_sums(absorb: Callable) -> Callable:
+    """`absorb` of a head, that leaves what it is given among the run's files, where `tensors_of` finds it."""
+    def absorbing(head: RidgeHead, sums: list[torch.Tensor], task: int, pause: Pause) -> None:
+        absorb(head, sums, task, pause)
+        if distributed.is_main():
+            names = ("fit_gram", "fit_cross", "held_gram", "held_cross")
+            torch.save(dict(zip(names, sums, strict=True)), Path(head.config.filepath) / f"sums_task_{task}.pt")
+    return absorbing
+
+
 @pytest.fixture(scope="module")
 def accelerated(tmp_path_factory) -> Path:
     """A folder per method, in which `accelerate launch` has had two processes learn, all methods in one start."""
@@ -215,7 +231,14 @@ def accelerated(tmp_path_factory) -> Path:
     for name, values in LEARNED.items():
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(json.dumps({**values, "filepath": str(folder / name)}))
-    (folder / "tiny.py").write_text(f"import trainer; trainer.write_pictures = lambda *_: None; {MAIN}")
+    (folder / "tiny.py").write_text(f"""
+import trainer
+from backbone.heads.ridge import RidgeHead
+from tests.utils.runs.test_distributed import leaving_sums
+
+trainer.write_pictures, RidgeHead.absorb = lambda *_: None, leaving_sums(RidgeHead.absorb)
+{MAIN}
+""")
     ended = command(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                     "--main_process_port", PORT, "--mixed_precision", "no", "--dynamo_backend", "no",
                     folder / "tiny.py", "--config", *paths, PYTHONPATH=str(ROOT))
@@ -225,12 +248,16 @@ def accelerated(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED)
-def test_every_method_learns_in_two_processes_what_it_does_in_one(name: str, accelerated: Path, tmp_path: Path) -> None:
+def test_every_method_learns_in_two_processes_what_it_does_in_one(name: str, accelerated: Path, tmp_path: Path, monkeypatch
+                                                                  ) -> None:
+    monkeypatch.setattr(RidgeHead, "absorb", leaving_sums(RidgeHead.absorb))
     path = accelerated / f"{name}.json"
     assert main(["--config", str(path), "--set", f"filepath={tmp_path / 'run'}"]) == 0
     assert result_of(accelerated / name)["hardware"]["processes"] == 2
+    chosen = [PENALTY.findall((folder / "train.log").read_text()) for folder in (tmp_path / "run", accelerated / name)]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == (2 if name in ("ridge", "ranpac") else 0)
     one, two = tensors_of(tmp_path / "run"), tensors_of(accelerated / name)
-    assert one.keys() == two.keys()
+    assert one.keys() == two.keys() and any("held_gram" in name for name in one) == bool(chosen[0])
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
