@@ -65,8 +65,8 @@ class Evidence(Recipe):
         """Decides: a task that needs no adapter of its own has its head rows fitted and is not trained."""
         learner, bank = self.learner, self.learner.bank
         new = Key.of(self._class_statistics())
-        shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
-        self._shifts = shifts
+        # On the main process alone: processors of different kinds may differ in the last bit.
+        shifts = self._shifts = distributed.on_main(self.keys.shifts, new)
         ratios = torch.tensor([*(shifts[task] for task in bank.tasks[:-1]), self.config.gate_price])
         self.gate.replace(-ratios.clamp_min(torch.finfo(ratios.dtype).tiny).log().to(self.gate.logits))
         beta = gumbel_sparsemax(self.gate.logits, self.config.gumbel_tau_final, training=False).detach()

@@ -88,8 +88,8 @@ class Routed(GumbelSparsemax):
         learner, config, bank = self.learner, self.config, self.learner.bank
         means, moments = self._statistics()
         new = Key.of(means)
-        shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
-        self._shifts = shifts
+        # On the main process alone: processors of different kinds may differ in the last bit.
+        shifts = self._shifts = distributed.on_main(self.keys.shifts, new)
         if config.gate_prior == "shift":
             ratios = torch.tensor([*(shifts[task] for task in bank.tasks[:-1]), config.gate_price])
             self.gate.replace(-ratios.clamp_min(torch.finfo(ratios.dtype).tiny).log().to(self.gate.logits))
