@@ -93,7 +93,7 @@ def _distances(axes: Axes, labelled: bool) -> None:
     """The axis of distances: logarithmic, with plain numbers, and its name where the panel is `labelled`."""
     axes.set_xscale("log", nonpositive="clip")
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 300 else (1,), numticks=20))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 300 else (1, 3), numticks=20))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelbottom=labelled, labelsize=9)
