@@ -98,7 +98,7 @@ def runs_csv(streams: Sequence[Stream]) -> str:
     """One line per run: every measure, and what it was computed with."""
     measures = measures_of([method for stream in streams for method in stream.methods])
     header = ["stream", "method", "seed", *(measure.key for measure in measures), "device", "processor", "commit", "record"]
-    return _csv(header, ([stream.title, method.name, seed, *(measure.read(run.result) for measure in measures),
+    return csv_text(header, ([stream.title, method.name, seed, *(measure.read(run.result) for measure in measures),
                           run.result["hardware"]["device"], run.result["hardware"]["name"],
                           (run.result.get("code") or {}).get("commit"), run.path.as_posix()]
                          for stream in streams for method in stream.methods for seed, run in method.runs.items()))
@@ -114,7 +114,7 @@ def summary_csv(streams: Sequence[Stream]) -> str:
             figures = [list(values(method, measure).values()) for measure in measures]
             cells = [cell for known in figures for cell in (len(known), *(mean_std(known) if known else (None, None)))]
             rows.append([stream.title, method.name, len(method.runs), *cells])
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def differences_csv(streams: Sequence[Stream], baselines: Sequence[Method | None], margin: float) -> str:
@@ -129,7 +129,7 @@ def differences_csv(streams: Sequence[Stream], baselines: Sequence[Method | None
                     limit = margin if measure.has_margin else None
                     rows.append([stream.title, baseline.name, method.name, measure.key, limit,
                                  *(getattr(result, name) for name in names)])
-    return _csv(["stream", "baseline", "method", "measure", "margin", *names], rows)
+    return csv_text(["stream", "baseline", "method", "measure", "margin", *names], rows)
 
 
 def _difference_tables(stream: Stream, baseline: Method | None, margin: float) -> list[str]:
@@ -224,7 +224,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Figures in full, an empty cell where there is none."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

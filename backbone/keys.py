@@ -3,6 +3,7 @@
 Shapes: c classes of a task, p statistics of a class, k keys.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 GRID = 4  # tokens are averaged over a grid of so many cells to a side
 PRIOR = 5.0  # degrees of freedom with which the variance of all tasks so far backs that of a pair
 _FLOOR = 1e-2  # of the mean variance: a statistic that hardly varies is no evidence
+_SHIFT = "shift_"  # in the record of a run, before the task that founded the key
 
 
 def token_statistics(tokens: Tensor) -> Tensor:
@@ -55,6 +57,16 @@ class Key:
         apart = (other.mean - self.mean).square() * (self.classes * other.classes / total)
         return Key(total, (self.classes * self.mean + other.classes * other.mean) / total,
                    self.scatter + other.scatter + apart)
+
+
+def shift_numbers(shifts: dict[int, float]) -> dict[str, float]:
+    """Shifts by the task of the key, under their names in the record of a run; `shifts_of` reads them."""
+    return {f"{_SHIFT}{task}": shift for task, shift in shifts.items()}
+
+
+def shifts_of(numbers: Mapping[str, float]) -> dict[int, float]:
+    """The shifts among the numbers of a task's record, by the task of the key."""
+    return {int(name.removeprefix(_SHIFT)): value for name, value in numbers.items() if name.startswith(_SHIFT)}
 
 
 class Keys:

@@ -182,7 +182,9 @@ class SDLoRA(GradientLearner):
         for line in growth_lines(task, self.decision_beta.tolist(), kept=kept, evicted=evicted, criterion=decision.criterion,
                                  reasons=decision.reasons, active=len(self.bank.tasks), total=task + 1):
             LOGGER.info(line)
-        numbers = {} if decision.value is None else {self.rule(self.config).name: decision.value}
+        numbers = self.recipe.numbers()
+        if decision.value is not None:
+            numbers[self.rule(self.config).name] = decision.value
         return TaskReport(kept=kept, beta=self.decision_beta[-1].item(), beta_values=self.decision_beta.tolist(),
                           beta_after=self.beta_after().tolist(), pruning_mask=self.pruning_mask().tolist(), evicted=evicted,
                           active_adapters=len(self.bank.tasks), numbers=numbers)

@@ -138,6 +138,10 @@ class Recipe(Component):
 
     # ---- what is stored
 
+    def numbers(self) -> dict[str, float]:
+        """What the decision rests on besides what the growth rule compares, by name, for the record of the run."""
+        return {}
+
     def save(self, folder: Path) -> list[Path]:
         """Writes what the gate has to keep besides the gate file of the task; returns the paths."""
         return []

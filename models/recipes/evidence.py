@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.gates import EqualGate
-from backbone.keys import Key, Keys, key_size, token_statistics
+from backbone.keys import Key, Keys, key_size, shift_numbers, token_statistics
 from models.growth import Decision
 from models.recipes.base import GrowthKeys, Recipe
 from models.recipes.trained import TemperatureKeys
@@ -47,6 +47,7 @@ class Evidence(Recipe):
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.keys = Keys()
+        self._shifts: dict[int, float] = {}  # of the task's images, by key
         self._decision: Decision | None = None
 
     def make_gate(self) -> EqualGate:
@@ -64,7 +65,8 @@ class Evidence(Recipe):
         """Decides: a task that needs no adapter of its own has its head rows fitted and is not trained."""
         learner, bank = self.learner, self.learner.bank
         new = Key.of(self._class_statistics())
-        shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
+        # On the main process alone: processors of different kinds may differ in the last bit.
+        shifts = self._shifts = distributed.on_main(self.keys.shifts, new)
         ratios = torch.tensor([*(shifts[task] for task in bank.tasks[:-1]), self.config.gate_price])
         self.gate.replace(-ratios.clamp_min(torch.finfo(ratios.dtype).tiny).log().to(self.gate.logits))
         beta = gumbel_sparsemax(self.gate.logits, self.config.gumbel_tau_final, training=False).detach()
@@ -93,12 +95,17 @@ class Evidence(Recipe):
     def decide(self) -> Decision:
         return self._decision
 
+    def numbers(self) -> dict[str, float]:
+        return {"price": self.config.gate_price, **shift_numbers(self._shifts)}
+
     def stored_tensors(self) -> list[Tensor]:
         return self.keys.tensors()
 
     def state(self) -> dict[str, Any]:
-        return {"keys": self.keys.state(), "decision": None if self._decision is None else vars(self._decision)}
+        return {"keys": self.keys.state(), "shifts": dict(self._shifts),
+                "decision": None if self._decision is None else vars(self._decision)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.keys.load(state["keys"], self.learner.device)
+        self._shifts = state["shifts"]
         self._decision = None if state["decision"] is None else Decision(**state["decision"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone import FrozenViT
-from backbone.keys import Key, Keys, key_size, token_statistics
+from backbone.keys import Key, Keys, key_size, shift_numbers, token_statistics
 from backbone.lora import AdapterBank
 from backbone.routing import Moments, Router
 from models.artifacts import SavedNetwork, SavedRun
@@ -65,7 +65,7 @@ class Routed(GumbelSparsemax):
         self.route: list[int] = []  # the key of every task
         self.betas: dict[int, dict[int, float]] = {}  # gate weights by adapter, for every key
         self._decision: Decision | None = None
-        self._nearest: int | None = None
+        self._shifts: dict[int, float] = {}  # of the task's images, by key
 
     @property
     def alpha_scope(self) -> str:
@@ -88,8 +88,8 @@ class Routed(GumbelSparsemax):
         learner, config, bank = self.learner, self.config, self.learner.bank
         means, moments = self._statistics()
         new = Key.of(means)
-        shifts = distributed.on_main(self.keys.shifts, new)  # processors of different kinds may differ in the last bit
-        self._nearest = min(shifts, key=shifts.get) if shifts else None
+        # On the main process alone: processors of different kinds may differ in the last bit.
+        shifts = self._shifts = distributed.on_main(self.keys.shifts, new)
         if config.gate_prior == "shift":
             ratios = torch.tensor([*(shifts[task] for task in bank.tasks[:-1]), config.gate_price])
             self.gate.replace(-ratios.clamp_min(torch.finfo(ratios.dtype).tiny).log().to(self.gate.logits))
@@ -150,13 +150,14 @@ class Routed(GumbelSparsemax):
         self._decision = super().decide()
         learner.drop(self._decision)
         kept = task in self._decision.keep
-        self.keys.learn(task, self._new, None if kept else self._nearest)
+        nearest = None if kept else min(self._shifts, key=self._shifts.get)
+        self.keys.learn(task, self._new, nearest)
         if not kept:
             LOGGER.info(f"Task {task}: its adapter is refused at step {learner.steps_done()} and trained no further; its "
-                        f"images join the key of task {self._nearest}")
+                        f"images join the key of task {nearest}")
             learner.bank.keep_only(self._decision.keep)
-            self.router.join(task, self._nearest)
-            self.route[task] = self._nearest
+            self.router.join(task, nearest)
+            self.route[task] = nearest
 
     def settle(self, decision: Decision) -> None:
         """A kept adapter founds its key with the gate weights at the end of the task."""
@@ -200,6 +201,10 @@ class Routed(GumbelSparsemax):
 
     # ---- what is stored
 
+    def numbers(self) -> dict[str, float]:
+        price = {"price": self.config.gate_price} if self.config.gate_prior == "shift" else {}
+        return {**price, **shift_numbers(self._shifts)}
+
     def save(self, folder: Path) -> list[Path]:
         path = folder / f"keys_task_{self.learner.task}.safetensors"
         write_safetensors(path, self.router.to_file(), {"task": str(self.learner.task)})
@@ -217,7 +222,7 @@ class Routed(GumbelSparsemax):
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "keys": self.keys.state(), "router": self.router.state(), "route": list(self.route),
-                "betas": {task: dict(weights) for task, weights in self.betas.items()}, "nearest": self._nearest,
+                "betas": {task: dict(weights) for task, weights in self.betas.items()}, "shifts": dict(self._shifts),
                 "new": (self._new.classes, self._new.mean, self._new.scatter),
                 "decision": None if self._decision is None else vars(self._decision)}
 
@@ -226,7 +231,7 @@ class Routed(GumbelSparsemax):
         device = self.learner.device
         self.keys.load(state["keys"], device)
         self.router.load(state["router"], device)
-        self.route, self.betas, self._nearest = state["route"], state["betas"], state["nearest"]
+        self.route, self.betas, self._shifts = state["route"], state["betas"], state["shifts"]
         classes, mean, scatter = state["new"]
         self._new = Key(classes, mean.to(device), scatter.to(device))
         self._decision = None if state["decision"] is None else Decision(**state["decision"])

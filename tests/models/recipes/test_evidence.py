@@ -140,6 +140,8 @@ def test_it_keeps_where_a_domain_is_new_and_drops_where_it_returns(whole: tuple)
     assert learner.bank.tasks == [0, 1] and learner.pruning_mask().tolist() == [1, 1, 0] and learner.pruned == {2}
     assert learner.decision_beta.tolist() == [1.0, 0.0, 0.0], "task 2 is what task 0 was"
     assert {task: key.classes for task, key in learner.recipe.keys.of.items()} == {0: 4 + 3, 1: 3}
+    numbers = learner.recipe.numbers()
+    assert sorted(numbers) == ["price", "shift_0", "shift_1"] and numbers["shift_0"] < numbers["price"] < numbers["shift_1"]
 
 
 @pytest.mark.slow
@@ -256,7 +258,7 @@ def test_i9_an_interrupted_learner_ends_with_the_same_tensors(whole: tuple) -> N
         learner = resumed(learner)
         learner.end_task()
         learner = resumed(learner)
-    assert same(learner, whole[0])
+    assert same(learner, whole[0]) and learner.recipe.numbers() == whole[0].recipe.numbers()
 
 
 # ---- what is left behind

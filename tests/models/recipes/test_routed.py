@@ -71,6 +71,17 @@ def test_the_logits_start_at_minus_the_log_of_the_shift_and_of_the_price(whole: 
     assert set(shifts) == {0, 1}
     wanted = -torch.tensor([expected[0], expected[1], 2.0]).log()
     assert torch.allclose(learner.gate.logits, wanted) and expected[0] < 2 < expected[1]
+    assert learner.recipe.numbers() == {"price": 2.0, "shift_0": expected[0], "shift_1": expected[1]}
+
+
+def test_the_price_is_in_the_record_only_where_it_was_asked(run: Path) -> None:
+    numbers = [entry["numbers"] for entry in json.loads((run / "results.json").read_text())["tasks"]]
+    assert [list(each) for each in numbers] == [["price", *names, "threshold"] for names in (
+        [], ["shift_0"], ["shift_0", "shift_1"])]
+    assert numbers[2]["shift_0"] < 3.0 < numbers[1]["shift_0"] and numbers[2]["price"] == 3.0
+    learner = learn(learner_of(config_of(gate_prior="none")), range(1))
+    learner.begin_task(1)
+    assert list(learner.recipe.numbers()) == ["shift_0"]
 
 
 def test_a_refused_newcomer_is_trained_for_the_gates_phase_alone(whole: tuple) -> None:
@@ -167,6 +178,7 @@ def test_i9_an_interrupted_task_ends_to_the_bit(whole: tuple, task: int, steps: 
     learn(other, range(task + 1, 3))
     assert same(other, whole[0])
     assert other.recipe.betas == whole[0].recipe.betas and other.recipe.route == whole[0].recipe.route
+    assert other.recipe.numbers() == whole[0].recipe.numbers()
 
 
 def test_only_classes_of_the_key_compete_if_asked() -> None:
