@@ -202,8 +202,8 @@ def test_the_methods_command_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(methods, "run_case", run_case)
     path, names = tmp_path / "methods.json", ["l2p", "aper"]
-    assert methods.main(["--methods", *names, "--set", "pool_size=3", "--repeats", "3", "--output", str(path)]) == 1
-    assert [(each.model_name, list(each.overrides)) for each in given] == [("l2p", ["pool_size=3"]), ("aper", [])] * 3
+    assert methods.main(["--methods", *names, "--set", "pool_size=8", "--repeats", "3", "--output", str(path)]) == 1
+    assert [(each.model_name, list(each.overrides)) for each in given] == [("l2p", ["pool_size=8"]), ("aper", [])] * 3
     rows = json.loads(path.read_text())["rows"]
     assert [row["method"] for row in rows] == names
     assert rows[0] | {"method": ""} == {"method": "", "step_forwards": 2, "image_forwards": 2, "step_over_floor": 3,
