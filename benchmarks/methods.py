@@ -8,7 +8,6 @@ a case of `benchmarks/case.py` in a process of its own; what is printed are medi
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.case import Case, config_of
 from benchmarks.common import record_of, table, write_record
 from benchmarks.step import ROOT, run_case
 from models import LEARNERS
-from utils.config.components import chosen, config_class
+from utils.config.components import UnknownName, chosen, config_class
 from utils.errors import UserError
 from utils.runs.runtime import pick_device
 
@@ -48,27 +47,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def case_of(name: str, options: argparse.Namespace) -> Case:
     """What is measured of a method; of the gates that of `benchmarks.step`."""
     return Case("step", options.tasks, "fp32", options.backbone, options.batch, 10, "gumbel_softmax", "global", "cpu", False,
-                options.steps, options.warmup, name, [given for given in options.overrides if _key(given) in _keys_of(name)])
+                options.steps, options.warmup, name, _fitting(name, options.overrides))
 
 
-def _key(given: str) -> str:
-    return given.partition("=")[0]
-
-
-def _keys_of(name: str) -> Iterable[str]:
-    return config_class(chosen({"model_name": name})).model_fields
+def _fitting(name: str, overrides: list[str]) -> list[str]:
+    """Those of `overrides` whose keys the method has, given all of them."""
+    given = {key: value for key, _, value in (each.partition("=") for each in overrides)}
+    known = config_class(chosen({**given, "model_name": name})).model_fields
+    return [each for each in overrides if each.partition("=")[0] in known]
 
 
 def _mistake(options: argparse.Namespace) -> str | None:
     """Why the methods cannot be measured, before a process is started for each."""
-    known = {key for name in options.methods for key in _keys_of(name)}
-    for given in options.overrides:
-        if _key(given) not in known:
-            return f"--set {given}: none of the methods has a key '{_key(given)}'; docs/CONFIG.md lists those of each."
     try:
+        fitting = {each for name in options.methods for each in _fitting(name, options.overrides)}
+        for each in options.overrides:
+            if each not in fitting:
+                return f"--set {each}: none of the methods has the key '{each.partition('=')[0]}'; see docs/CONFIG.md."
         for name in options.methods:
             config_of(case_of(name, options))
-    except UserError as error:
+    except (UserError, UnknownName) as error:
         return str(error)
     return None
 

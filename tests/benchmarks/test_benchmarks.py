@@ -217,6 +217,8 @@ def test_the_methods_command_refuses_keys_and_values_before_it_measures(capsys) 
     assert "'pool_size'" in capsys.readouterr().err
     assert methods.main(["--methods", "l2p", "--set", "pool_size=0"]) == 2
     assert "'pool_size' is 0" in capsys.readouterr().err
+    assert methods.main(["--methods", "sdlora", "--set", "gate=gumbel"]) == 2
+    assert "'gate' is \"gumbel\"" in capsys.readouterr().err
 
 
 def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:
