@@ -6,7 +6,8 @@
   optimizer as `main.py` makes them, on one batch that is given again and again (reading and augmenting it is
   `benchmarks.run`'s business); then the evaluation of an image, likewise.
   With a `model_name` it is that method, which has learned `adapters` tasks before, for as short as can be, and the image is
-  evaluated once the task is settled. A method that makes no steps in such a task has no seconds per step.
+  evaluated once the task is settled. A method that makes no steps in such a task has no seconds per step. How many forwards
+  both take is counted.
 - `loop`, `stacked`: the same step, the projection replaced by one of `benchmarks/references.py`.
 - `floor`: the plain timm ViT's forward and backward with nothing to train but its input; then its plain forward.
 - `backbone`: the same of the project's frozen ViT, whose last block may be shorter (`backbone/class_token.py`).
@@ -25,6 +26,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -114,6 +116,32 @@ class Stopwatch(Quiet):
 
     def _seconds(self, spans: list[tuple[Any, Any]]) -> list[float]:
         return [self.clock.seconds(*span) for span in spans]
+
+
+class Forwards:
+    """Counts how often a learner sends the images of a step, and those that it evaluates, through its network; half of the
+    blocks count half.
+
+    found: of the last call of its `backward` and its `predict`.
+    """
+
+    def __init__(self, learner: BaseLearner) -> None:
+        self.found: dict[str, float] = {}
+        self._blocks, self._passed = learner.backbone.vit.blocks, 0
+        for block in self._blocks:
+            block.register_forward_pre_hook(self._pass)
+        for method, name in (("backward", "step_forwards"), ("predict", "image_forwards")):
+            if hasattr(learner, method):
+                setattr(learner, method, partial(self._counted, name, getattr(learner, method)))
+
+    def _pass(self, block: torch.nn.Module, arguments: tuple) -> None:
+        self._passed += len(arguments[0])
+
+    def _counted(self, name: str, call: Callable, images: Tensor, *arguments: Any) -> Any:
+        before = self._passed
+        result = call(images, *arguments)
+        self.found[name] = (self._passed - before) / len(self._blocks) / len(images)
+        return result
 
 
 class Plain:
@@ -263,8 +291,7 @@ def measure(case: Case) -> dict[str, Any]:
     train(watch)
     if not peaks:  # no step was made
         ready()
-    result = {**case._asdict(), "step_seconds": watch.median(), "step_over_floor": watch.over_pace(), "peak_bytes": peaks[0],
-              **more}
+    result = {**case._asdict(), "step_seconds": watch.median(), "step_over_floor": watch.over_pace(), "peak_bytes": peaks[0]}
     if predict is not None:
         watch = Stopwatch(device, case.warmup, lambda: floors[0].forward if paced else None)
         with torch.no_grad():
@@ -272,7 +299,7 @@ def measure(case: Case) -> dict[str, Any]:
                 predict()
                 watch.after_step()
         result |= {"image_seconds": watch.median() / case.batch, "image_over_floor": watch.over_pace()}
-    return result
+    return {**result, **more}
 
 
 def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable | None, dict[str, Any]]:
@@ -281,6 +308,8 @@ def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable
         use_reference(learner, REFERENCES[case.kind])
     images, labels = _batch(case, learner.data.image_size, device)
     labels = labels + learner.data.task_classes(learner.task).start
+    counted = case.model_name and not case.compile  # hooks that count would be compiled
+    forwards = Forwards(learner).found if counted else {}
 
     def predict() -> None:
         learner.predict(images)
@@ -291,7 +320,7 @@ def _learner(case: Case, config: Config, device: torch.device) -> tuple[Callable
             learner.end_task()
         learner.start_evaluation()
 
-    return train, predict if case.kind == "step" else None, {}
+    return train, predict if case.kind == "step" else None, forwards
 
 
 def _plain(case: Case, config: Config, device: torch.device) -> tuple[Callable, Callable, dict[str, Any]]:

@@ -87,15 +87,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             case = {**same, "kind": kind, "adapters": adapters, "precision": precision}
             print(f"repeat {repeat + 1}/{options.repeats}, case {number}/{len(keys)}: {kind}, {adapters} old adapters, "
                   f"{precision}", file=sys.stderr, flush=True)
-            done = subprocess.run([sys.executable, "-m", "benchmarks.case", json.dumps(case)], cwd=ROOT, text=True,
-                                  capture_output=True)
-            if done.returncode == 0:
-                results.append(json.loads(done.stdout.splitlines()[-1]))
-            else:
-                reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
-                print(f"  failed: {reason}", file=sys.stderr, flush=True)
-                results.append({**case, "error": reason})
+            results.append(run_case(case))
     return results
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """What a `benchmarks.case.Case` comes to in a process of its own; with an `error` if it fails."""
+    command = [sys.executable, "-m", "benchmarks.case", json.dumps(case)]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
+    print(f"  failed: {reason}", file=sys.stderr, flush=True)
+    return {**case, "error": reason}
 
 
 def summarize(results: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:

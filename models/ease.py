@@ -72,7 +72,7 @@ class SubspaceHead(TaskMeansHead):
         tasks = len(known)
         self.readout = self.weight.new_zeros(0, tasks * self.width)
         if tasks:
-            own = torch.arange(tasks).repeat_interleave(torch.tensor(self.sizes))
+            own = torch.tensor([task for task, size in enumerate(self.sizes) for _ in range(size)])
             weight = torch.full((len(own), tasks), self.alpha / max(tasks - 1, 1))
             weight[torch.arange(len(own)), own] = 1
             means = F.normalize(complete(list(self.known), self.sizes), dim=2)

@@ -119,25 +119,29 @@ class Retrieval(SideBySide):
         chosen = self.head.first_task(first)
         features = torch.stack([first if number == 0 or self.grouped else self._with(number, images)
                                 for number in range(len(self.bank))], 1)  # [b, tasks, d]
-        missing = torch.ones_like(features[:, :, 0], dtype=torch.bool)
+        missing = torch.ones(features.shape[:2], dtype=torch.bool)
         missing[:, 0] = False
+        before = None
         for number in range(self.rounds):
             if self.grouped:
-                self._meet(images, chosen, features, missing)
+                met = chosen.cpu()  # all that a round waits for the device
+                if before is not None and bool((met == before).all()):
+                    break
+                self._meet(images, met, features, missing)
+                before = met
             found = features.gather(1, chosen[:, None, None].expand(-1, 1, first.shape[1]))[:, 0]
-            if number + 1 == self.rounds:
-                break
-            before, chosen = chosen, self.head.next_task(found)
-            if self.grouped and torch.equal(chosen, before):
-                break
+            if number + 1 < self.rounds:
+                chosen = self.head.next_task(found)
         return torch.cat([first, found], 1)
 
     def _meet(self, images: Tensor, chosen: Tensor, features: Tensor, missing: Tensor) -> None:
-        """Fills in the features of each image with the adapter chosen for it, where they are missing."""
+        """Fills in the features of each image with the adapter chosen for it, where they are `missing`. That and `chosen` lie
+        with the processor, which so knows who meets whom without asking the device."""
         for number in range(1, len(self.bank)):
             rows = (missing[:, number] & (chosen == number)).nonzero()[:, 0]
             if len(rows):
-                features[rows, number] = self._with(number, images[rows])
+                there = rows.to(images.device)
+                features[there, number] = self._with(number, images[there])
                 missing[rows, number] = False
 
     def _with(self, number: int, images: Tensor) -> Tensor:

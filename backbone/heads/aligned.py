@@ -148,9 +148,10 @@ class OfficialHead(AlignedHead):
 
     def shrunk(self) -> Tensor:
         """Means times `0.9 + 0.1 (i + 1) / (t + 1)`, i being the class's task and t the current one, `[classes, d]`."""
-        sizes = self.sizes.cpu()
-        shares = (torch.arange(len(sizes)) + 1) / len(sizes)
-        return self.means * (0.9 + 0.1 * shares).repeat_interleave(sizes)[:, None].to(self.means)
+        tasks, classes = len(self.sizes), len(self.means)
+        shares = (torch.arange(tasks, device=self.sizes.device) + 1) / tasks
+        factors = (0.9 + 0.1 * shares).repeat_interleave(self.sizes, output_size=classes)  # told how many, it asks no device
+        return self.means * factors[:, None].to(self.means)
 
     def factor(self, label: int) -> Tensor:
         covariance = self.covariance(label)

@@ -327,10 +327,10 @@ def routed_features(images: Tensor, backbone: FrozenViT, bank: AdapterBank, rout
     """
     with bank.silenced():
         keys = router(backbone.early_tokens(images))
-    features = None
-    for number in keys.unique().tolist():
+    features, found = None, keys.cpu()  # the one wait
+    for number in found.unique().tolist():
         use(router.tasks[number])
-        members = (keys == number).nonzero().squeeze(1)
+        members = (found == number).nonzero().squeeze(1).to(keys.device)
         part = embed(images[members])
         features = part.new_zeros(len(images), part.shape[1]) if features is None else features
         features[members] = part

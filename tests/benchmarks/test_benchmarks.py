@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backbone.embedded import EMBEDDED
-from benchmarks import case, run, step, stream
+from benchmarks import case, methods, run, step, stream
 from benchmarks.references import loop_layers, stacked_layers
 from models import LEARNERS
 from tests.helpers import OF_METHOD, in_float64
@@ -65,6 +65,11 @@ def test_a_case_measures_time_and_memory(kind: str) -> None:
         assert result["step_over_floor"] > 0 and result["image_over_floor"] > 0
 
 
+# Forwards of a step and of an evaluated image after one task, where both are not 1; MOS looks them up for every image.
+FORWARDS = {"simplecil": (None, 1), "ranpac": (None, 1), "aper": (None, 2), "l2p": (2, 2), "dualprompt": (2, 2),
+            "codaprompt": (2, 2), "ease": (1, 2), "cl_lora": (2, 1.5), "tuna": (1, 3)}
+
+
 @pytest.mark.parametrize("old", [0, 1])
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_case_measures_any_method(name: str, old: int) -> None:
@@ -79,6 +84,11 @@ def test_a_case_measures_any_method(name: str, old: int) -> None:
         assert result["step_seconds"] > 0 and result["step_over_floor"] > 0
     else:
         assert result["step_seconds"] is result["step_over_floor"] is None
+    forwards = result.get("step_forwards"), result["image_forwards"]
+    if name == "mos":
+        assert forwards[0] == 1 and 1 <= forwards[1] <= old + 1
+    elif old:
+        assert forwards == FORWARDS.get(name, (1, 1))
 
 
 def test_steps_are_taken_on_the_batch_and_then_the_data_are_the_stream_s_again() -> None:
@@ -178,6 +188,37 @@ def test_methods_and_keys_that_there_are_not_are_refused(capsys) -> None:
     for arguments in (["--set", "pool_size=3"], ["--model_name", "l2p", "--references", "loop"]):
         with pytest.raises(SystemExit):
             step.parse(arguments)
+
+
+def test_the_methods_command_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """A key is given to the methods that have it; medians are of the repeats; what fails has no numbers."""
+    given = []
+
+    def run_case(values: dict) -> dict:
+        given.append(case.Case(**values))
+        if given[-1].model_name == "aper":
+            return {**values, "error": "killed"}
+        return {**values, "step_over_floor": len(given), "image_over_floor": 2.5, "step_forwards": 2.0, "image_forwards": 2.0}
+
+    monkeypatch.setattr(methods, "run_case", run_case)
+    path, names = tmp_path / "methods.json", ["l2p", "aper"]
+    assert methods.main(["--methods", *names, "--set", "pool_size=8", "--repeats", "3", "--output", str(path)]) == 1
+    assert [(each.model_name, list(each.overrides)) for each in given] == [("l2p", ["pool_size=8"]), ("aper", [])] * 3
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == names
+    assert rows[0] | {"method": ""} == {"method": "", "step_forwards": 2, "image_forwards": 2, "step_over_floor": 3,
+                                        "image_over_floor": 2.5}
+    assert set(rows[1].values()) == {"aper", None} and "forwards/step" in capsys.readouterr().out
+    assert methods.parse([]).methods == list(LEARNERS)
+
+
+def test_the_methods_command_refuses_keys_and_values_before_it_measures(capsys) -> None:
+    assert methods.main(["--methods", "aper", "--set", "pool_size=3"]) == 2
+    assert "'pool_size'" in capsys.readouterr().err
+    assert methods.main(["--methods", "l2p", "--set", "pool_size=0"]) == 2
+    assert "'pool_size' is 0" in capsys.readouterr().err
+    assert methods.main(["--methods", "sdlora", "--set", "gate=gumbel"]) == 2
+    assert "'gate' is \"gumbel\"" in capsys.readouterr().err
 
 
 def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:
