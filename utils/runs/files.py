@@ -50,7 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The sentence for a file that the file system refuses."""
     return UserError(f"{path}: could not be written ({error.strerror or error}); {_ADVICE.get(error.errno, '')}choose "
-                     "another 'filepath', then run the same command again.")
+                     "another folder, then run the command again.")
 
 
 def write_json(path: Path, value: Any) -> None:
