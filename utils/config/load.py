@@ -167,8 +167,10 @@ def _complaint(key: str, values: Mapping[str, Any], kind: type[Config]) -> str:
 
 
 def _without_quotes(text: str) -> Any:
-    """What a text was probably meant to be: a number, true, false, null or a list."""
+    """What a text was probably meant to be: a number, true, false, null or a list, this also without its brackets."""
     value = json_value(text)
+    if value == text and isinstance(listed := json_value(f"[{text}]"), list) and len(listed) > 1:
+        return listed
     try:
         return float(text) if value == text else value  # float also takes ".5" and "+1", which are no JSON
     except ValueError:

@@ -76,7 +76,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not fit")
         return value
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); restore it from a copy, or use --overwrite to start over.") from error
+        raise UserError(f"{path}: is damaged ({error}); restore a copy, or start its run over with --overwrite.") from error
 
 
 def _seal(value: dict[str, Any]) -> str:
