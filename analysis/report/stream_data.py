@@ -124,7 +124,8 @@ def pictures(stream: Stream, baseline: Method | None, margin: float) -> dict[str
         "accuracy": _mean_sd(method, accuracy), "costs": {cost.key: _mean_sd(method, cost) for cost in costs}}
         for method in stream.methods]
     return {"title": stream.title, "tasks": stream.tasks, "domains": list(stream.domains), "methods": methods,
-            "costs": [{"key": cost.key, "title": title, "best": _best(methods, cost.key)} for cost, title in costs.items()],
+            "costs": [{"key": cost.key, "title": title[0].lower() + title[1:], "best": _best(methods, cost.key)}
+                      for cost, title in costs.items()],
             "truth": None if truth is None else truth.tolist(), "machines": machines(stream),
             "differences": {measure.key: _intervals(stream, baseline, measure, margin) for measure, _ in
                             differences(stream, baseline, margin, "")}}
