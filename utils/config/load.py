@@ -68,7 +68,7 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
         config = kind.model_validate(effective, context={"name": name})
     except ValidationError as error:
         raise UserError(_sentence(error, effective, kind, source, options)) from None
-    lost = [key for key in values if key not in effective and not _idle(key, values[key], config)]
+    lost = [key for key in values if key not in effective and not _idle(key, values[key])]
     if lost:
         raise UserError(f"{options.get(lost[0], source)}: {_without_effect(lost, values[lost[0]], config)}")
     return config
@@ -97,10 +97,12 @@ def config_warnings(config: Config) -> list[str]:
     return [line for part in config.components for line in part.warnings(config)]
 
 
-def _idle(key: str, value: Any, config: Config) -> bool:
-    """Whether `value` asks for nothing: null, the key's default, or what its declaration calls idle."""
-    _, fields = _passed_over(key, config)
-    nothing = [given for given in (fields[0].default, *(told(field, "idle") for field in fields)) if given is not ...]
+def _idle(key: str, value: Any) -> bool:
+    """Whether `value` asks for nothing: null, the key's default where a config chooses nothing, or what a declaration of it
+    calls idle."""
+    usual = config_class(chosen({})).model_fields.get(key, known_keys()[key]).default
+    idle = (told(part.Keys.model_fields[key], "idle") for _, part in owners(key))
+    nothing = [given for given in (usual, *idle) if given is not ...]
     return value is None or any(show(value) == show(given) or (_number(value) and _number(given) and value == given)
                                 for given in nothing)
 
@@ -110,20 +112,13 @@ def _number(value: Any) -> bool:
 
 
 def _without_effect(keys: Sequence[str], value: Any, config: Config) -> str:
-    """What is wrong with the first of `keys`, whose `value` asks for something, and which others share its lot."""
-    choice, _ = _passed_over(keys[0], config)
+    """Names the innermost choice of the config that leaves the first of `keys`, with its `value`, without effect, and which
+    others share its lot."""
+    having = [choice for choice, _ in owners(keys[0]) if choice in type(config).model_fields]
+    choice = max(having, key=list(CHOICES).index, default=next(iter(CHOICES)))
     others = f"; likewise {', '.join(map(repr, keys[1:]))}" if keys[1:] else ""
     return (f"'{keys[0]}' is {show(value)}, but it has no effect for {choice} {show(getattr(config, choice))}; leave it out "
             f"or make it null{others}.")
-
-
-def _passed_over(key: str, config: Config) -> tuple[str, list[FieldInfo]]:
-    """The innermost choice of the config that leaves the key without effect, and the key as it would be with another one."""
-    found = owners(key)
-    having = [choice for choice, _ in found if choice in type(config).model_fields]
-    choice = max(having, key=list(CHOICES).index, default=next(iter(CHOICES)))
-    fields = {name: [part.Keys.model_fields[key] for choice, part in found if choice == name] for name, _ in found}
-    return choice, fields.get(choice) or next(iter(fields.values()))
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any], kind: type[Config], source: str,

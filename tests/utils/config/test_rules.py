@@ -32,7 +32,6 @@ def refusal(values: dict) -> str:
         ("batch_size", "0", 'is the text "0"; it must be an integer of at least 1.'),
         ("batch_size", "many", 'is the text "many"; it must be an integer of at least 1.'),
         ("shuffle", "true", 'is the text "true"; write true without quotes.'),
-        ("seed", "1993, 1994", 'is the text "1993, 1994"; write [1993, 1994] without quotes.'),
         ("init_lr", 0, "is 0; it must be a number above 0."),
         ("init_lr", [0.1], "is [0.1]; it must be a number above 0."),
         ("dataset", None, "is null; it must be a name, or a list of different names."),
@@ -58,7 +57,7 @@ def refusal(values: dict) -> str:
         ),
         ("seed", 2**32, "or a list of different ones."),
         ("seed", [True], "is [true]; it must be an integer"),
-        ("seed", "1993,1994", 'is the text "1993,1994"; it must be an integer from 0'),
+        ("seed", "1993,1994", 'is the text "1993,1994"; write [1993, 1994] without quotes.'),
         (
             "device",
             ["cpu", "0"],
