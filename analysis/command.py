@@ -1,8 +1,11 @@
-"""How a command of this room ends."""
+"""What the commands of this room share: how they end, and what they take and write into."""
 
+import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -10,6 +13,8 @@ from utils.errors import UserError
 def status_of(work: Callable[[], None]) -> int:
     """Does the work of a command; returns its exit status: 0, 2 for bad input, which is one line on stderr, 130 when
     interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
     try:
         work()
     except UserError as error:
@@ -20,3 +25,20 @@ def status_of(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1 on a command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return int(text)
+
+
+def make_output(folder: Path) -> None:
+    """Makes the folder that `--output` writes into; raises UserError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: the folder '{folder}' cannot be made ({error.strerror}); choose another one.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output: nothing may be written into '{folder}'; choose another folder.")

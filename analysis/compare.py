@@ -4,15 +4,13 @@
 """
 
 import argparse
-import io
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import status_of
+from analysis.command import make_output, status_of
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -90,8 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the comparison and says where it was written; returns the exit status: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
     def work() -> None:
         page, written = compare(options.runs, options.output, options.baseline, options.margin, labels_of(options.label),
                                 shlex.join(["python", "-m", "analysis.compare", *arguments]))
@@ -118,16 +114,6 @@ def labels_of(given: Sequence[str]) -> dict[Path, str]:
             raise UserError(f"--label: '{argument}' is not PATH=NAME; write for example runs/quickstart=gated.")
         labels[Path(path)] = name
     return labels
-
-
-def make_output(folder: Path) -> None:
-    """Makes the folder that `--output` writes into; raises UserError where that is not allowed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: the folder '{folder}' cannot be made ({error.strerror}); choose another one.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output: nothing may be written into '{folder}'; choose another folder.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import status_of
+from analysis.command import make_output, status_of
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -177,7 +177,6 @@ def draw(path: Path, output: Path = OUTPUT, reference: str | None = None,
 
     reference: the variant that the others are held against (default: the study's first). Raises UserError.
     """
-    from analysis.compare import make_output
     from utils.results.plots import DPI
     from utils.runs.files import write_bytes
 
@@ -221,8 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables and says where they were written; returns the exit status: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
     def work() -> None:
         page, written = draw(options.study, options.output, options.reference,
                              shlex.join(["python", "-m", "analysis.frontier", *arguments]))

@@ -97,14 +97,6 @@ def report(run: FinishedRun, answers: dict[str, Answer], pictures: bool = False)
     return "\n\n".join(parts) + "\n"
 
 
-def make_folder(folder: Path) -> None:
-    """Makes the folder of the answers; called before they are computed, which may take long."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: '{folder}' cannot be made ({error.strerror}); choose another folder.") from error
-
-
 def write(run: FinishedRun, answers: dict[str, Answer], folder: Path) -> None:
     """Writes `<name>.json` and `<name>.png` of every answer, and `gates.md`."""
     for name, answer in answers.items():

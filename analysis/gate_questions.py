@@ -34,7 +34,8 @@ ASKED = {
         "How did the gate weights move from task to task?",
         "Weights in force after each task's growth decision (`beta_after`); `-` is a pruned adapter, 0 one that is stored and "
         "does not take part. `moved` is the sum over the older adapters of how much their weight changed since the task "
-        "before."),
+        "before. With routed inference the weights are those of the key that the task belongs to, and a task of another key "
+        "than the one before has others without any having moved."),
     "chosen": (
         "Which adapters are chosen most?",
         "An adapter is chosen at a task if it is in the gate's support there after the growth decision (not pruned, weight "
@@ -44,7 +45,8 @@ ASKED = {
         "Which old adapters help a new task?",
         "Accuracy on each task's test images with one adapter's gate weight set to 0, the other weights as they are and not "
         "renormalised, minus that of the whole network, in points: below 0, the adapter helps. The head stays as it was "
-        "learned, so this is what the network loses, not how well one trained without the adapter would do."),
+        "learned, so this is what the network loses, not how well one trained without the adapter would do. With routed "
+        "inference the adapter is out of the network of every key, and `weight` is that under the key of the newest task."),
     "similarity": (
         "Does task similarity go with the gate weight?",
         "Similarity of two tasks: cosine between the means of their class-mean features (training images, test transform, "

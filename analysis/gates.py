@@ -1,9 +1,10 @@
 """What did the gate learn? `python -m analysis.gates RUN` answers five questions about a finished run."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from analysis.command import make_output, positive, status_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -16,40 +17,27 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, with its results.json")
     parser.add_argument("--task", type=int, metavar="T", help="take adapters out of the network of this task (default: last)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: RUN/gates/)")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at a time (default: as the run)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at a time (default: as the run)")
     parser.add_argument("--device", default="auto", metavar="NAME", help='"cpu", "auto" (default), or a CUDA device such as 0')
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
-    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Answers, writes and prints; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    from analysis.gate_answers import answer_all, make_folder, report, write  # loads torch: --help is answered without
-    from analysis.gate_questions import read_run
-    from utils.errors import UserError
+    def work() -> None:
+        from analysis.gate_answers import answer_all, report, write  # loads torch: --help is answered without
+        from analysis.gate_questions import read_run
 
-    try:
         run = read_run(options.run)
         folder = options.run / "gates" if options.output is None else options.output
-        make_folder(folder)
+        make_output(folder)  # before the answers are computed, which may take long
         answers = answer_all(run, options.task, options.batch_size, options.device, _say)
         write(run, answers, folder)
         print(report(run, answers))
         print(f"Tables, pictures and JSON: {folder}", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 def _say(line: str) -> None:

@@ -55,15 +55,20 @@ def write_pictures(stream: Stream, folder: Path) -> list[tuple[str, str]]:
     return written
 
 
+def costs_of(stream: Stream) -> dict[Measure, str]:
+    """Those of `COSTS` that any method has, with the names of their axes."""
+    return {measure: COSTS[measure.key] for measure in MEASURES
+            if measure.key in COSTS and any(values(method, measure) for method in stream.methods)}
+
+
 def pareto_figure(stream: Stream) -> Figure:
-    """Last accuracy against each of `COSTS` that any method has: a point per method with its deviations, and the step through
-    those points that no other beats in both."""
-    of_key = {measure.key: measure for measure in MEASURES}
-    costs = {of_key[key]: label for key, label in COSTS.items() if any(values(m, of_key[key]) for m in stream.methods)}
+    """Last accuracy against what it costs (`costs_of`): a point per method with its deviations, and the step through those
+    points that no other beats in both."""
+    accuracy, costs = next(measure for measure in MEASURES if measure.key == "last_accuracy"), costs_of(stream)
     names = [method.name for method in stream.methods]
     figure, panels = _canvas("Last accuracy against what it costs", stream, names, panels=len(costs))
     for axes, (cost, label) in zip(panels, costs.items(), strict=True):
-        _pareto_panel(axes, stream, of_key["last_accuracy"], cost, label)
+        _pareto_panel(axes, stream, accuracy, cost, label)
     panels[0].set_ylabel("Accuracy on all classes after the last task (%)")
     _legend(figure)
     return figure

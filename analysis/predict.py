@@ -5,13 +5,13 @@
 
 import argparse
 import glob
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.command import positive, status_of
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", metavar="IMAGES",
                         help='image files, folders (images at any depth) and patterns such as "photos/**/*.jpg"')
     parser.add_argument("--task", type=int, metavar="T", help="the network after this task (default: the newest)")
-    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to print for each image (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes to print for each image (default: 5)")
     parser.add_argument("--device", default="auto", metavar="NAME", help='"cpu", "auto" (default), or a CUDA device such as 0')
     return parser.parse_args(arguments)
 
@@ -99,7 +99,7 @@ def image_files(named: Sequence[str]) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the predictions; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    try:
+    def work() -> None:
         files = image_files(options.images)
         from analysis.finished import open_network  # loads torch: a wrong command line is answered without
 
@@ -107,26 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.run}: the network after task {saved.task}, {len(saved.class_names())} classes")
         for prediction in predict(saved, network, files, options.top, options.device):
             print(prediction, flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of `| head` has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return status_of(work)
 
 
 def _in_folder(folder: Path) -> list[Path]:
     from utils.data.folder import images_under
 
     return images_under(folder, "IMAGES")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class SavedRun:
 
     def __init__(self, folder: str | Path, task: int | None = None) -> None:
         self.folder = Path(folder)
-        self.result: dict[str, Any] = read_sealed_json(_existing(self.folder / "results.json"))
+        self.result: dict[str, Any] = read_sealed_json(_existing(self.folder / "results.json", "name the folder of a run"))
         tasks = self.result["tasks"]
         self.task = task = len(tasks) - 1 if task is None else task
         if not tasks:
@@ -94,7 +94,7 @@ class SavedRun:
 
     def file(self, name: str) -> Path:
         """The whole file `name`; raises UserError for one that is missing or has changed."""
-        path = _existing(self.folder / name)
+        path = _existing(self.folder / name, "restore it from a copy")
         if sha256_of(path) != self._sums.get(name):
             raise UserError(f"{path}: is not the file that the run wrote (its checksum does not fit); restore it from a copy.")
         self._unread.discard(name)
@@ -218,7 +218,7 @@ def save_head(folder: Path, head: Head, task: int) -> Path:
     return path
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, advice: str) -> Path:
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; name the folder of a run and a task that it has finished.")
+        raise UserError(f"{path}: there is no such file; {advice}.")
     return path

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from backbone.lora import AdapterBank, frobenius_norm
-from utils.config import Component, Config, KeyGroup, key
+from utils.config import Component, Config, KeyGroup, choice_of, key
 from utils.rng import generator
 
 # What a rule may need of the recipe that asks it, in words; a recipe names what it offers.
@@ -52,10 +52,11 @@ class Rule(Component):
 
     @classmethod
     def contradictions(cls, config: Config) -> Iterator[str]:
-        offered = [part.offers for part in config.components if hasattr(part, "offers")]
-        for lacking in cls.needs.difference(*offered) if offered else ():
-            yield (f"'growth_rule' is \"{config.growth_rule}\" but 'gate' is \"{config.gate}\"; the rule needs {lacking}; "
-                   "choose another rule")
+        for recipe in (part for part in config.components if hasattr(part, "offers")):
+            choice = choice_of(recipe)
+            for lacking in cls.needs - recipe.offers:
+                yield (f"'growth_rule' is \"{config.growth_rule}\" but '{choice}' is \"{getattr(config, choice)}\"; the rule "
+                       f"needs {lacking}; choose another rule")
 
     @classmethod
     def held_out(cls, config: Config) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis.measures import MEASURES, Measure, difference, measures_of, values
-from analysis.pictures import adapter_curve, known_growth, non_dominated, task_accuracies
+from analysis.pictures import adapter_curve, costs_of, known_growth, non_dominated, task_accuracies
 from analysis.records import Method, Run, Stream, settings
 from analysis.tables import difference_cells, machines, means_cells
 from utils.results.metrics import mean_std
@@ -113,7 +113,7 @@ def runs_table(stream: Stream, slug: str, links: Mapping[str, str]) -> Table:
 
 def pictures(stream: Stream, baseline: Method | None, margin: float) -> dict[str, Any]:
     """The figures behind the pictures: `[after task][mean, deviation]` and so on, by method."""
-    accuracy, stored = (next(m for m in MEASURES if m.key == key) for key in ("last_accuracy", "stored_parameters"))
+    accuracy, costs = next(measure for measure in MEASURES if measure.key == "last_accuracy"), costs_of(stream)
     truth = known_growth(stream)
     methods = [{
         "name": method.name, "baseline": method is baseline, "seeds": len(method.runs),
@@ -121,15 +121,21 @@ def pictures(stream: Stream, baseline: Method | None, margin: float) -> dict[str
         "adapters": _over_seeds([adapter_curve(run, stream.tasks) for run in method.runs.values()]),
         "final": {field: _over_seeds([task_accuracies(run, field, stream.tasks) for run in method.runs.values()])
                   for field in ("top1", "within")},
-        "accuracy": _mean_sd(method, accuracy), "stored": _mean_sd(method, stored)} for method in stream.methods]
-    points = [(entry["stored"][0], entry["accuracy"][0]) for entry in methods if entry["stored"] and entry["accuracy"]]
-    best = {points[index] for index in non_dominated(points)}
-    for entry in methods:
-        entry["best"] = bool(entry["stored"] and entry["accuracy"]) and (entry["stored"][0], entry["accuracy"][0]) in best
+        "accuracy": _mean_sd(method, accuracy), "costs": {cost.key: _mean_sd(method, cost) for cost in costs}}
+        for method in stream.methods]
     return {"title": stream.title, "tasks": stream.tasks, "domains": list(stream.domains), "methods": methods,
+            "costs": [{"key": cost.key, "title": title[0].lower() + title[1:], "best": _best(methods, cost.key)}
+                      for cost, title in costs.items()],
             "truth": None if truth is None else truth.tolist(), "machines": machines(stream),
             "differences": {measure.key: _intervals(stream, baseline, measure, margin) for measure, _ in
                             differences(stream, baseline, margin, "")}}
+
+
+def _best(methods: Sequence[Mapping[str, Any]], cost: str) -> list[str]:
+    """The names of the methods that no other beats in accuracy or `cost` without losing in the other."""
+    points = {method["name"]: (method["costs"][cost][0], method["accuracy"][0]) for method in methods
+              if method["costs"][cost] and method["accuracy"]}
+    return [list(points)[index] for index in non_dominated(list(points.values()))]
 
 
 def _intervals(stream: Stream, baseline: Method, measure: Measure, margin: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from analysis.compare import read_streams
 from analysis.measures import MEASURES
+from analysis.pictures import COSTS
 from analysis.report import page as page_module
 from analysis.report.__main__ import main
 from analysis.report.page import GENERATOR, check_output
@@ -150,6 +151,23 @@ def test_a_comparison_has_the_tables_and_tests_of_compare(runs, tmp_path):
     gated = {row["method"]: row for row in shown["differences"]["last_accuracy"]["rows"]}["gated"]
     assert gated["mean"] == pytest.approx(64 - 181 / 3) and gated["low"] < gated["mean"] < gated["high"]
     assert shown["methods"][0]["adapters"] == [[1.0, 0.0], [2.0, 0.0], [2.0, 0.0]]
+
+
+@pytest.mark.usefixtures("no_libraries")
+def test_accuracy_is_shown_against_every_cost_that_the_runs_have(runs, base, tmp_path):
+    old = varied(base, 1993, last=70, parameters=9000, rank=7)
+    for entry in old["tasks"]:
+        del entry["evaluation_seconds"]
+    save(tmp_path / "runs/old", old)
+    page = page_of(tmp_path, runs)
+    shown = page.data["streams"][0]
+    figures = {figure["id"] for figure in page.of("figure")}
+    assert [cost["key"] for cost in shown["costs"]] == list(COSTS)
+    assert {f"stream-0-{key}" for key in COSTS} <= figures
+    best = {cost["key"]: cost["best"] for cost in shown["costs"]}
+    assert best["image_milliseconds"] == ["gated"]  # as fast as `sdlora` and better; `old` has no such figure
+    by_name = {method["name"]: method for method in shown["methods"]}
+    assert by_name["old"]["costs"]["image_milliseconds"] is None and "old" in best["stored_bytes"]
 
 
 @pytest.mark.usefixtures("no_libraries")

@@ -76,7 +76,7 @@ def test_a_missing_file_an_unknown_task_and_a_file_of_another_run_are_named(copi
     shutil.copy(copied / "adapter_task_1.safetensors", copied / "adapter_task_0.safetensors")
     assert "adapter_task_0.safetensors: is not the file that the run wrote" in refused(copied)
     (copied / "adapter_task_0.safetensors").unlink()
-    assert "adapter_task_0.safetensors: there is no such file" in refused(copied)
+    assert "adapter_task_0.safetensors: there is no such file; restore it from a copy." in refused(copied)
     assert "task 2 has not been finished" in refused(run, 2) and "results.json" in refused(tmp_path)
 
 

@@ -105,6 +105,11 @@ def owners(key: str) -> list[tuple[str, type[Component]]]:
     return [(choice, part) for choice, table in CHOICES.items() for part in table.values() if key in part.Keys.model_fields]
 
 
+def choice_of(part: type[Component]) -> str:
+    """The key by whose value a registered component is chosen."""
+    return next(key for key, table in CHOICES.items() if part in table.values())
+
+
 def known_keys() -> dict[str, FieldInfo]:
     """Every key of every component, as the first that has it declares it."""
     return _fields([Config, *(part.Keys for table in CHOICES.values() for part in table.values())])

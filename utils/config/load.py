@@ -68,9 +68,9 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config", *, name:
         config = kind.model_validate(effective, context={"name": name})
     except ValidationError as error:
         raise UserError(_sentence(error, effective, kind, source, options)) from None
-    for key in values:
-        if key not in effective and not _idle(key, values[key]):
-            raise UserError(f"{options.get(key, source)}: {_without_effect(key, values[key], config)}")
+    lost = [key for key in values if key not in effective and not _idle(key, values[key])]
+    if lost:
+        raise UserError(f"{options.get(lost[0], source)}: {_without_effect(lost, values[lost[0]], config)}")
     return config
 
 
@@ -97,15 +97,12 @@ def config_warnings(config: Config) -> list[str]:
     return [line for part in config.components for line in part.warnings(config)]
 
 
-def default_of(key: str) -> Any:
-    """What `key` holds where nobody gives it, as the first component that has it declares it."""
-    return known_keys()[key].default
-
-
 def _idle(key: str, value: Any) -> bool:
-    """Whether `value` asks for nothing: null, a default of the key, or what its declaration calls idle."""
-    fields = [part.Keys.model_fields[key] for _, part in owners(key)]
-    nothing = [given for field in fields for given in (field.default, told(field, "idle")) if given is not ...]
+    """Whether `value` asks for nothing: null, the key's default where a config chooses nothing, or what a declaration of it
+    calls idle."""
+    usual = config_class(chosen({})).model_fields.get(key, known_keys()[key]).default
+    idle = (told(part.Keys.model_fields[key], "idle") for _, part in owners(key))
+    nothing = [given for given in (usual, *idle) if given is not ...]
     return value is None or any(show(value) == show(given) or (_number(value) and _number(given) and value == given)
                                 for given in nothing)
 
@@ -114,12 +111,14 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _without_effect(key: str, value: Any, config: Config) -> str:
-    """Names the innermost choice of the config that leaves the key without effect."""
-    having = [choice for choice, _ in owners(key) if choice in type(config).model_fields]
+def _without_effect(keys: Sequence[str], value: Any, config: Config) -> str:
+    """Names the innermost choice of the config that leaves the first of `keys`, with its `value`, without effect, and which
+    others share its lot."""
+    having = [choice for choice, _ in owners(keys[0]) if choice in type(config).model_fields]
     choice = max(having, key=list(CHOICES).index, default=next(iter(CHOICES)))
-    return (f"'{key}' is {show(value)}, but it has no effect for {choice} {show(getattr(config, choice))}; leave it out or "
-            f"give its default, {show(default_of(key))}.")
+    others = f"; likewise {', '.join(map(repr, keys[1:]))}" if keys[1:] else ""
+    return (f"'{keys[0]}' is {show(value)}, but it has no effect for {choice} {show(getattr(config, choice))}; leave it out "
+            f"or make it null{others}.")
 
 
 def _sentence(error: ValidationError, values: Mapping[str, Any], kind: type[Config], source: str,
@@ -163,8 +162,10 @@ def _complaint(key: str, values: Mapping[str, Any], kind: type[Config]) -> str:
 
 
 def _without_quotes(text: str) -> Any:
-    """What a text was probably meant to be: a number, true, false, null or a list."""
+    """What a text was probably meant to be: a number, true, false, null or a list, this also without its brackets."""
     value = json_value(text)
+    if value == text and isinstance(listed := json_value(f"[{text}]"), list) and len(listed) > 1:
+        return listed
     try:
         return float(text) if value == text else value  # float also takes ".5" and "+1", which are no JSON
     except ValueError:

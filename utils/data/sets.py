@@ -111,7 +111,8 @@ def _pilot(folder: str) -> Callable[[Path, int], Contents]:
 
 # How the images are augmented, and what gives them for (data_path, seed).
 READERS: dict[str, tuple[Augmentation, Callable[[Path, int], Contents]]] = {
-    "cifar224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR100)),
+    "cifar224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR100)),  # as SD-LoRA's configs call it
+    "cifar100": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR100)),
     "cifar10_224": (PHOTOS, lambda data_path, seed: read_cifar(data_path, CIFAR10)),
     "imagenetr": (PHOTOS, _pilot("imagenet-r")),
     "imageneta": (PHOTOS, _pilot("imagenet-a")),

@@ -50,7 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The sentence for a file that the file system refuses."""
     return UserError(f"{path}: could not be written ({error.strerror or error}); {_ADVICE.get(error.errno, '')}choose "
-                     "another 'filepath', then run the same command again.")
+                     "another folder, then run the command again.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,7 +76,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not fit")
         return value
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); restore it from a copy, or use --overwrite to start over.") from error
+        raise UserError(f"{path}: is damaged ({error}); restore a copy, or start its run over with --overwrite.") from error
 
 
 def _seal(value: dict[str, Any]) -> str:

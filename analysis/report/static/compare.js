@@ -4,30 +4,6 @@ const STREAM_CHARTS = {
   curve: overTasks("curve", "accuracy (%)", stream => [0, 102]),
   adapters: overTasks("adapters", "adapters", stream => [0, 1.06 * Math.max(1, ...stream.methods.flatMap(
     method => method.adapters.filter(known).map(highest)))], {tickMinStep: 1, format: "d"}),
-  size: {
-    spec: stream => {
-      const sizes = stream.methods.filter(method => method.stored).map(method => method.stored[0]);
-      const logarithmic = Math.min(...sizes) > 0 && Math.max(...sizes) > 8 * Math.min(...sizes);
-      const x = {field: "stored", type: "quantitative", title: `stored parameters${logarithmic ? " (logarithmic)" : ""}`,
-                 scale: {...(logarithmic ? {type: "log"} : {zero: false}), nice: true, padding: 20}, axis: {format: "~s"}};
-      const y = {field: "accuracy", type: "quantitative", title: "last accuracy (%)", scale: {zero: false, padding: 12}};
-      return spec(440, 260, "Points of last accuracy against stored parameters.", [
-        {mark: {type: "rule", strokeWidth: 1}, encoding: {y: {field: "low", type: "quantitative"}, y2: {field: "high"}}},
-        {transform: [{filter: "datum.best"}],
-         mark: {type: "point", size: 260, filled: false, stroke: GREY, shape: "circle", strokeWidth: 1.2}},
-        {mark: {type: "point", filled: true, size: 80, opacity: 1}, encoding: {
-          shape: looks("method", names(stream), SHAPES), tooltip: tips("method", "stored", "accuracy", "deviation")}},
-      ], {encoding: {x, y, color: looks("method", names(stream), COLORS)}});
-    },
-    rows: (stream, shown) => chosen(stream, shown).filter(method => method.stored && method.accuracy).map(method => (
-      {method: method.name, stored: method.stored[0], accuracy: method.accuracy[0], deviation: method.accuracy[1],
-       best: method.best, low: lowest(method.accuracy), high: highest(method.accuracy)})),
-    table: (stream, shown) => [
-      "Last accuracy and stored parameters, mean and deviation over seeds",
-      ["method", "accuracy (%)", "deviation", "stored parameters", "best for its size"],
-      STREAM_CHARTS.size.rows(stream, shown).map(row => [
-        row.method, row.accuracy, row.deviation, Math.round(row.stored), row.best ? "yes" : "no"])],
-  },
   difference: {
     spec: stream => spec(320, {step: 30}, "Mean paired differences with their intervals.", [
       {transform: [{filter: "datum.edge !== null"}], mark: {type: "rule", strokeDash: [2, 3], stroke: GREY},
@@ -79,6 +55,36 @@ const names = stream => stream.methods.map(method => method.name);
 const chosen = (stream, shown) => stream.methods.filter(method => shown.has(method.name));
 const lowest = ([value, deviation]) => value - (deviation ?? 0);
 const highest = ([value, deviation]) => value + (deviation ?? 0);
+
+// Last accuracy against a cost (its `key`, `title`, and the names of the methods that are `best`), a point per method.
+function against({key, title, best}) {
+  const rows = (stream, shown) => chosen(stream, shown).filter(method => method.costs[key] && method.accuracy).map(method => (
+    {method: method.name, cost: method.costs[key][0], accuracy: method.accuracy[0], deviation: method.accuracy[1],
+     best: best.includes(method.name), low: lowest(method.accuracy), high: highest(method.accuracy)}));
+  return {
+    spec: stream => {
+      const costs = stream.methods.filter(method => method.costs[key]).map(method => method.costs[key][0]);
+      const logarithmic = Math.min(...costs) > 0 && Math.max(...costs) > 8 * Math.min(...costs);
+      const x = {field: "cost", type: "quantitative", title: `${title}${logarithmic ? " (logarithmic)" : ""}`,
+                 scale: {...(logarithmic ? {type: "log"} : {zero: false}), nice: true, padding: 20}, axis: {format: "~s"}};
+      const y = {field: "accuracy", type: "quantitative", title: "last accuracy (%)", scale: {zero: false, padding: 12}};
+      return spec(440, 260, `Points of last accuracy against: ${title}.`, [
+        {mark: {type: "rule", strokeWidth: 1}, encoding: {y: {field: "low", type: "quantitative"}, y2: {field: "high"}}},
+        {transform: [{filter: "datum.best"}],
+         mark: {type: "point", size: 260, filled: false, stroke: GREY, shape: "circle", strokeWidth: 1.2}},
+        {mark: {type: "point", filled: true, size: 80, opacity: 1}, encoding: {
+          shape: looks("method", names(stream), SHAPES), tooltip: [
+            ...tips("method"), {field: "cost", title, type: "quantitative", format: ",.4~r"}, ...tips("accuracy", "deviation")]}},
+      ], {encoding: {x, y, color: looks("method", names(stream), COLORS)}});
+    },
+    rows,
+    table: (stream, shown) => [
+      `Last accuracy and ${title}, mean and deviation over seeds`,
+      ["method", "accuracy (%)", "deviation", title, "best for its cost"],
+      rows(stream, shown).map(row => [
+        row.method, row.accuracy, row.deviation, row.cost < 1000 ? row.cost : Math.round(row.cost), row.best ? "yes" : "no"])],
+  };
+}
 
 // A line per method with its deviations; lines that meet are moved apart by a little.
 function overTasks(field, title, domain, axis = {}) {

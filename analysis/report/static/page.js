@@ -58,7 +58,8 @@ class Picture {
 
 function startStream(section) {
   const stream = DATA.streams[Number(section.dataset.stream)];
-  const pictures = Object.entries(STREAM_CHARTS).filter(([name]) => byId(`${section.id}-${name}`))
+  const charts = {...STREAM_CHARTS, ...Object.fromEntries(stream.costs.map(cost => [cost.key, against(cost)]))};
+  const pictures = Object.entries(charts).filter(([name]) => byId(`${section.id}-${name}`))
     .map(([name, chart]) => new Picture(`${section.id}-${name}`, chart));
   const boxes = [...section.querySelectorAll(".methods input")], measure = byId(`${section.id}-measure`);
   const show = () => {

@@ -190,7 +190,7 @@ def test_only_classes_of_the_key_compete_if_asked() -> None:
 @pytest.mark.parametrize("changes, named", [
     ({"gate": "none"}, "'inference'"), ({"gate": "sparsemax"}, "'inference'"), ({"row_fit": "with_adapter"}, "'row_fit'"),
     ({"gate_compensation": False}, "'gate_compensation'"), ({"alpha_lr": 0.1}, "'alpha_lr'"),
-    ({"growth_rule": "topk"}, "topk"),
+    ({"growth_rule": "topk"}, "'growth_rule' is .topk. but 'inference' is .routed."),
     ({"gate_phase": 0.0}, "'gate_phase'"), ({"inference": "global", "gate_phase": 0.3}, "'gate_phase'")])
 def test_what_has_no_place_in_it_is_refused_by_name(changes: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):

@@ -282,7 +282,7 @@ def test_a_component_brings_its_keys_wherever_keys_are_known(toys) -> None:
 def test_its_keys_are_refused_where_it_is_not_chosen(toys) -> None:
     message = refusal({**MINIMAL, "toy_strength": 0.5})
     assert message == ("x.json: 'toy_strength' is 0.5, but it has no effect for gate \"gumbel_sparsemax\"; leave it out or "
-                       "give its default, 2.0.")
+                       "make it null.")
     assert config_from_dict({**MINIMAL, "toy_strength": 2}) == config_from_dict(MINIMAL), "a default asks for nothing"
     assert "Did you mean 'toy_strength'?" in refusal({**MINIMAL, "gate": "toy", "toy_strenght": 1})
     assert "for model_name \"simplecil\"" in refusal({**MINIMAL, "model_name": "simplecil", "toy_strength": 1})
@@ -300,15 +300,28 @@ def test_a_component_that_is_gone_is_unknown() -> None:
     ("lambda_sparsity", 0.5, {"gate": "none"}), ("gate_noise", 0.5, {"gate": "sparsemax"}), ("gate_price", 2.0, {}),
     ("gumbel_tau_init", 4.0, {"gate": "evidence"}), ("cosine_scale", 2.0, {"head": "linear"}),
     ("ridge_dim", 8, {"head": "aligned"}), ("gate", "none", {"model_name": "joint"}),
-    ("epochs", 3, {"model_name": "joint"}), ("rank", 3, {"model_name": "finetune_head"}),
+    ("epochs", 3, {"model_name": "joint"}), ("growth_rule", "none", {"model_name": "joint"}),
+    ("lrate", 0.005, {"model_name": "joint"}), ("lambda_sparsity", 0.035, {"gate": "none"}),  # defaults of others
+    ("rank", 3, {"model_name": "finetune_head"}),
     ("init_lr", 0.5, {"model_name": "simplecil"}), ("head", "ridge", {"model_name": "simplecil"})])
 def test_a_key_without_effect_is_refused_unless_it_asks_for_nothing(name: str, value: object, choice: dict) -> None:
     message = refusal({**MINIMAL, **choice, name: value})
     assert f"'{name}' is {json.dumps(value)}, but it has no effect for" in message
     assert all(f'"{chosen}"' in message for chosen in choice.values())
-    for nothing in (None, known_keys()[name].default):
-        config_from_dict({**MINIMAL, **choice, name: nothing})
-    config_from_dict({**MINIMAL, "gate": "none", "lambda_sparsity": 0})
+    config_from_dict({**MINIMAL, **choice, name: None})
+
+
+def test_a_default_asks_for_nothing() -> None:
+    for values in ({"gate": "none", "lambda_sparsity": 0.01}, {"gate": "none", "lambda_sparsity": 0},
+                   {"model_name": "joint", "growth_rule": "threshold"}, {"model_name": "joint", "lrate": 0.01},
+                   {"model_name": "finetune_head", "growth_threshold": 0.1}):
+        config_from_dict({**MINIMAL, **values})
+
+
+def test_all_keys_without_effect_are_named_at_once() -> None:
+    message = refusal({**MINIMAL, "gate": "none", "gate_lr": 0.1, "gate_noise": 1, "lambda_sparsity": 0.5})
+    assert message == ("x.json: 'gate_lr' is 0.1, but it has no effect for gate \"none\"; leave it out or make it null; "
+                       "likewise 'lambda_sparsity'.")
 
 
 def test_a_record_of_an_older_version_has_every_key_and_is_read() -> None:

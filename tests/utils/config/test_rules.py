@@ -57,7 +57,7 @@ def refusal(values: dict) -> str:
         ),
         ("seed", 2**32, "or a list of different ones."),
         ("seed", [True], "is [true]; it must be an integer"),
-        ("seed", "1993,1994", 'is the text "1993,1994"; it must be an integer from 0'),
+        ("seed", "1993,1994", 'is the text "1993,1994"; write [1993, 1994] without quotes.'),
         (
             "device",
             ["cpu", "0"],

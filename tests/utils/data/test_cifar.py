@@ -30,9 +30,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
         yield server
 
 
-def test_cifar100_is_read_as_torchvision_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cifar224", "cifar100"])
+def test_cifar100_is_read_as_torchvision_reads_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar100(tmp_path, train_per_class=2)
-    dataset = load_dataset("cifar224", tmp_path)
+    dataset = load_dataset(name, tmp_path)
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda _: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     for split, train in ((dataset.train, True), (dataset.test, False)):
