@@ -1,4 +1,5 @@
-"""The evidence gate's memory: what the images looked like to the frozen network when each adapter was learned.
+"""What the images looked like to the frozen network when each adapter was learned: the memory of gate "evidence" and of
+routed inference, from which a task's logits start.
 
 Shapes: c classes of a task, p statistics of a class, k keys.
 """

@@ -1,4 +1,5 @@
-"""The documentation against what it speaks of: the README's size and commands, links, excerpts of code, tests by name."""
+"""The documentation against what it speaks of: the README's size and commands, links, excerpts of code, methods and tests by
+name, studies."""
 
 import re
 from pathlib import Path
@@ -53,3 +54,20 @@ def test_the_tests_that_the_implementation_page_names_are_there() -> None:
     for file, test in named:
         path = ROOT / "tests" / file.removeprefix("tests/")
         assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
+
+
+def test_the_methods_of_classes_that_the_implementation_page_names_are_there() -> None:
+    rooms = ("backbone", "models", "utils")
+    files = [ROOT / "trainer.py", *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
+    code = [path.read_text(encoding="utf-8") for path in files]
+    named = sorted(set(re.findall(r"\b([A-Z]\w+)\.([a-z_]\w+)", PAGE.read_text(encoding="utf-8"))))
+    homes = {kind: text for text in code for kind in re.findall(r"^class (\w+)", text, re.MULTILINE)}
+    known = [(kind, method) for kind, method in named if kind in homes]
+    assert len(known) > 20
+    assert [each for each in known if not re.search(rf"^    def {each[1]}\(", homes[each[0]], re.MULTILINE)] == []
+
+
+def test_every_shipped_study_is_described() -> None:
+    text = (ROOT / "docs" / "STUDIES.md").read_text(encoding="utf-8").partition("## Shipped studies")[2]
+    assert {path.stem for path in (ROOT / "exps" / "studies").glob("*.json")} == set(re.findall(r"`(\w+)`", "".join(
+        line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))))
