@@ -73,8 +73,8 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 
 
 def committed_form(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a run as it is committed: without the `probe` of its tasks, most of its size, which is only compared with
-    the network that the other files in the run's folder give."""
+    """The record of a run as it is committed: without the `probe` of its tasks, which is only compared with the network that
+    the other files in the run's folder give."""
     tasks = [{key: value for key, value in entry.items() if key != "probe"} for entry in result["tasks"]]
     return {**result, "tasks": tasks}
 
