@@ -19,7 +19,7 @@ from utils.config.file import read_config_file
 from utils.config.keys import DataKeys
 from utils.errors import UserError
 from utils.runs.files import read_sealed_json
-from utils.runs.folder import NOT_COMPARED
+from utils.runs.folder import NOT_COMPARED, committed_form
 
 RECORD = "results.json"
 # Committed records, as docs/results/<study>/<name>/seed_<seed>.json.
@@ -98,9 +98,9 @@ class Stream:
 def find_runs(paths: Sequence[Path], labels: Mapping[Path, str] | None = None) -> Found:
     """The runs named by `paths`: records, folders with records anywhere below, study files.
 
-    `labels`: names for the runs at or below a path; the deepest path wins. A copy of a record is not a second run. Folders
-    that `--overwrite` set aside are passed over. Raises UserError for a path or label without a run, and for damaged or
-    foreign files.
+    `labels`: names for the runs at or below a path; the deepest path wins. A copy of a record, or its committed form, is not a
+    second run. Folders that `--overwrite` set aside are passed over. Raises UserError for a path or label without a run, and
+    for damaged or foreign files.
     """
     runs: dict[str, Run] = {}
     unfinished: dict[str, None] = {}
@@ -113,7 +113,7 @@ def find_runs(paths: Sequence[Path], labels: Mapping[Path, str] | None = None) -
             if isinstance(result, str):
                 unfinished[f"{place}: {result}"] = None
             else:
-                digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+                digest = hashlib.sha256(json.dumps(committed_form(result), sort_keys=True).encode()).hexdigest()
                 runs.setdefault(digest, _labelled(Run(place, names, result, apart), by_place))
     for path, label in (labels or {}).items():
         if not any(run.path.resolve().is_relative_to(path.resolve()) for run in runs.values()):

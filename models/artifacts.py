@@ -170,7 +170,7 @@ class SavedRun:
 
     def check(self, network: nn.Module) -> None:
         """Raises UserError if `network` is not the one that the run evaluated: a file of the task was not read, or the logits
-        that the run noted (`BaseLearner.probe`; runs of older versions have none) are others."""
+        that the run noted (`BaseLearner.probe`; runs of older versions and committed records have none) are others."""
         method = f"{self.folder}: the run's model_name '{self.config.model_name}'"
         if self._unread:
             raise UserError(f"{method} has written {', '.join(sorted(self._unread))}, which its class does not read; give the "

@@ -2,7 +2,7 @@
 search.
 
 `load_study` settles the config of every run before anything is started; `Study.runs()` is what the runner
-(`studies/runner.py`) and the comparison of finished runs go through. `python -m studies.study collect STUDY.json` copies
+(`studies/runner.py`) and the comparison of finished runs go through. `python -m studies.study collect STUDY.json` writes
 the finished records of the runs into the study's `results` folder, to be committed.
 """
 
@@ -25,7 +25,7 @@ from utils.config.rules import as_list, escaped
 from utils.data import DATASETS
 from utils.errors import UserError, unknown
 from utils.runs import folder as run_folder
-from utils.runs.files import read_sealed_json, write_bytes
+from utils.runs.files import read_sealed_json, write_sealed_json
 
 __all__ = ["Study", "StudyRun", "is_study", "load_study"]
 
@@ -177,10 +177,10 @@ class Study:
         return StudyRun(name, variant, varied, seed, folder, config, recorded, reports)
 
     def collect(self) -> str:
-        """Copies finished records from the folders of the runs to `results`; what it did, in words.
+        """Writes finished records from the folders of the runs to `results`; what it did, in words.
 
-        A copy is the file to the byte, so its checksum holds. A committed record of the same config is replaced; one of
-        another config is refused, before anything is copied.
+        They are in the form of `committed_form`, each on one line and sealed anew. A committed record of the same config is
+        replaced; one of another config is refused, before anything is written.
         """
         if self.results is None:
             raise UserError(f"{self.path}: has no 'results', the folder to collect records in; add it to the study.")
@@ -192,13 +192,13 @@ class Study:
             except OSError as error:
                 raise UserError(f"results: the folder '{folder}' cannot be made ({error.strerror}).") from error
         for run in finished:
-            write_bytes(run.recorded, (run.folder / "results.json").read_bytes())
+            write_sealed_json(run.recorded, run_folder.committed_form(run.own_record()), compact=True)
         if self.file.search:
             from studies.trials import collect_trials
 
             collect_trials(self)
         missing = len(self.runs()) - len(have | {run.recorded for run in finished})
-        return f"{len(finished)} records copied to {self.results}; of {len(self.runs())} runs {missing} have none yet."
+        return f"{len(finished)} records written to {self.results}; of {len(self.runs())} runs {missing} have none yet."
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = (), **values: Any) -> Study:
@@ -253,9 +253,9 @@ def _check_names(names: Sequence[str], source: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Copies finished records of a study; returns the exit status: 0, or 2 for bad input."""
+    """Writes finished records of a study; returns the exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m studies.study", description="Work with the records of a study.")
-    parser.add_argument("what", choices=["collect"], help="copy finished records of its runs into its 'results' folder")
+    parser.add_argument("what", choices=["collect"], help="write finished records of its runs into its 'results' folder")
     parser.add_argument("study", help="the study file")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="as the study was run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as it was run")

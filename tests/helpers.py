@@ -32,6 +32,7 @@ from utils.results.plots import write_pictures
 from utils.rng import generator
 from utils.runs.distributed import parts_of_batches
 from utils.runs.files import write_sealed_json
+from utils.runs.folder import committed_form
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = os.environ.get("GCL_LONG_FAULTS") == "1"  # whether tests take their long form
@@ -318,5 +319,5 @@ def save(folder: Path, record: dict[str, Any], committed: bool = False) -> Path:
     seed = record["seed"]
     path = folder / (f"seed_{seed}.json" if committed else f"seed_{seed}/results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed_json(path, record)
+    write_sealed_json(path, committed_form(record) if committed else record, compact=committed)
     return path

@@ -1,6 +1,5 @@
 """models/artifacts.py and `BaseLearner.load`: the network of a run comes back to the bit, or one sentence says why not."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -98,9 +97,9 @@ def test_a_run_of_an_older_version_gives_the_logits_that_it_gave_then() -> None:
 
 
 def test_every_record_that_is_kept_still_has_a_config() -> None:
-    paths = sorted((ROOT / "docs" / "results").rglob("*.json"))
-    configs = [json.loads(path.read_text()).get("config") for path in paths]
-    kept = [config_of_record(values, "x") for values in configs if values and "model_name" in values]
+    paths = sorted((ROOT / "docs" / "results").rglob("seed_*.json"))
+    configs = [read_sealed_json(path)["config"] for path in paths]
+    kept = [config_of_record(values, "x") for values in configs]
     assert len(kept) > 30 and {config.gate for config in kept if hasattr(config, "gate")} >= {"evidence", "none"}
 
 

@@ -41,7 +41,8 @@ end = {"slow": 0.1, "hang": 0 if went_on else 1e9, "late": 60 * late}.get(deed, 
 curve = []
 for task in range(3):
     curve.append(top - 10 * task)
-    entry = {"seen_classes": 2 * task + 2, "counts": {"images": [1]}, "stored_bytes": int(1000 * config["init_lr"])}
+    entry = {"seen_classes": 2 * task + 2, "counts": {"images": [1]}, "stored_bytes": int(1000 * config["init_lr"]),
+             "probe": [[1.5]]}
     record = {"finished": task == 2, "config": config, "seed": config["seed"][0], "tasks": [entry] * (task + 1),
               "class_order_sha256": str(config["seed"][0]), "went_on": went_on, "ended": time.time(),
               "backbone": {"name": "vit", "tag": "", "source": "random", "sha256": ""},

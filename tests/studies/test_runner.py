@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.records import find_runs
 from backbone.embedded import EMBEDDED
 from studies import job
 from studies.study import StudyRun, load_study
@@ -207,4 +208,6 @@ def test_a_real_run_interrupted_in_the_middle_ends_when_started_again(tmp_path: 
     record = run.record()
     assert len(record["tasks"]) == 2 and record["config"] == run.config.model_dump(mode="json")
     assert f"last accuracy {record['metrics']['last_accuracy']:.2f}; 0 left" in lines[-2]
-    assert study_command(["collect", str(path)]) == 0 and read_sealed_json(run.recorded) == record
+    assert study_command(["collect", str(path)]) == 0
+    assert [task.pop("probe") != [] for task in record["tasks"]] == [True] * 2 and read_sealed_json(run.recorded) == record
+    assert [found.path for found in find_runs([run.folder, run.recorded]).runs] == [run.folder / "results.json"]

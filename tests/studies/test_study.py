@@ -202,9 +202,11 @@ def test_collected_records_count_as_finished(tmp_path: Path, stand_in: Path, cap
     assert start(path, "--seed", "1") == 0
     capsys.readouterr()
     assert study_command(["collect", str(path)]) == 0
-    assert "1 records copied" in (out := capsys.readouterr().out) and "of 2 runs 1 have none" in out
+    assert "1 records written" in (out := capsys.readouterr().out) and "of 2 runs 1 have none" in out
     first, second = load_study(path).runs()
-    assert first.recorded.read_bytes() == (first.folder / "results.json").read_bytes()
+    own, committed = first.own_record(), first.committed_record()
+    assert [task.pop("probe") for task in own["tasks"]] == [[[1.5]]] * 3 and committed == own
+    assert first.recorded.read_text().count("\n") == 1
 
     elsewhere = ["--set", f"filepath={tmp_path / 'else'}"]
     assert start(path, *elsewhere, "--device", "0", "--set", "num_workers=3") == 0  # these change no result

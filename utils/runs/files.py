@@ -53,9 +53,10 @@ def cannot_write(path: Path, error: OSError) -> UserError:
                      "another folder, then run the command again.")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON (NaN refused: readers of strict JSON must be able to load it)."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, compact: bool = False) -> None:
+    """`value` as JSON (NaN refused: readers of strict JSON must be able to load it), indented or, `compact`, on one line."""
+    layout = {"separators": (",", ":")} if compact else {"indent": 1}
+    write_bytes(path, (json.dumps(value, ensure_ascii=False, allow_nan=False, **layout) + "\n").encode())
 
 
 def sha256_of(path: Path) -> str:
@@ -63,9 +64,9 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+def write_sealed_json(path: Path, value: dict[str, Any], compact: bool = False) -> None:
     """`write_json` with a key `sha256` over everything else, so that a damaged file is noticed."""
-    write_json(path, {**value, "sha256": _seal(value)})
+    write_json(path, {**value, "sha256": _seal(value)}, compact)
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what it already holds, and how it is set aside."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
     path = folder / "results.json"
     result = read_sealed_json(path) if path.exists() else {}
     return result if result.get("finished") else None
+
+
+def committed_form(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run as it is committed: without the `probe` of its tasks, which is only compared with the network that
+    the other files in the run's folder give."""
+    tasks = [{key: value for key, value in entry.items() if key != "probe"} for entry in result["tasks"]]
+    return {**result, "tasks": tasks}
 
 
 def set_aside(folder: Path) -> Path | None:
