@@ -308,7 +308,8 @@ def test_a_baselines_study_has_every_method_on_one_budget(path):
     runs = load_study(path).runs()
     assert {run.config.model_name for run in runs} == set(LEARNERS)
     assert {run.seed for run in runs} == {1994, 1995, 1996, 1997, 1998} and len({run.name for run in runs}) * 5 == len(runs)
-    epochs = {getattr(run.config, key) for run in runs for key in ("init_epoch", "epochs") if hasattr(run.config, key)}
+    trained = [run.config for run in runs if run.variant != "finetune_head_ridge"]  # its answers are not what is trained
+    epochs = {getattr(config, key) for config in trained for key in ("init_epoch", "epochs") if hasattr(config, key)}
     assert len(epochs) == 1 and {run.config.batch_size for run in runs} == {32}
     assert {run.config.backbone_type for run in runs} == {"vit_glyph_tiny_patch8_32"}
 
