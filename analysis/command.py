@@ -27,6 +27,14 @@ def status_of(work: Callable[[], None]) -> int:
     return 0
 
 
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Adds the finished runs that a command reads, and `--label` for what to call them."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="a results.json, a folder with runs anywhere below it, or a study file")
+    parser.add_argument("--label", action="append", default=[], metavar="PATH=NAME",
+                        help="call the runs at or below PATH by this NAME instead of their folder's; repeatable")
+
+
 def positive(text: str) -> int:
     """An integer of at least 1 on a command line."""
     if not text.isdecimal() or int(text) == 0:

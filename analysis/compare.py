@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import make_output, status_of
+from analysis.command import add_runs, make_output, status_of
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m analysis.compare runs/quickstart runs/quickstart_head --baseline quickstart_head\n"
                "  python -m analysis.compare runs/studies/gumbel_grid --output comparison")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="a results.json, a folder with runs anywhere below it, or a study file")
+    add_runs(parser)
     parser.add_argument("--baseline", metavar="NAME",
                         help=f"the method that the others are compared with (default: {DEFAULT_BASELINE} if it is there, else "
                              "the first)")
@@ -36,8 +35,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                         help='points of accuracy up to which a method is "no worse" or "equal" (default: 0.5)')
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
                         help=f"where comparison.md, the CSV files and the pictures go (default: {OUTPUT})")
-    parser.add_argument("--label", action="append", default=[], metavar="PATH=NAME",
-                        help="call the runs at or below PATH by this NAME instead of their folder's; repeatable")
     return parser.parse_args(arguments)
 
 

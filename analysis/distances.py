@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.command import status_of
+from analysis.command import add_runs, make_output, status_of
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -170,7 +170,6 @@ def write(paths: Sequence[Path], output: Path = OUTPUT, labels: Mapping[Path, st
 
     labels: names for the runs at or below a path. Raises UserError for what is no run, and where none has recorded distances.
     """
-    from analysis.compare import make_output
     from analysis.distance_picture import figure
     from analysis.records import find_runs, group_runs
     from analysis.tables import csv_text
@@ -203,12 +202,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m analysis.distances",
         description="Which adapters were kept, against how far the images of their tasks had moved from the nearest key: "
                     "tables and a picture, over runs and seeds.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
-                        help="a results.json, a folder with runs anywhere below it, or a study file")
+    add_runs(parser)
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
                         help=f"where distances.md, distances.csv and the picture go (default: {OUTPUT})")
-    parser.add_argument("--label", action="append", default=[], metavar="PATH=NAME",
-                        help="call the runs at or below PATH by this NAME instead of their folder's; repeatable")
     return parser.parse_args(arguments)
 
 
@@ -216,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the page and says where it was written; returns the exit status: 0, or 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the sign ± shows a question mark
+
     def work() -> None:
         from analysis.compare import labels_of
 

@@ -312,10 +312,11 @@ def test_a_key_without_effect_is_refused_unless_it_asks_for_nothing(name: str, v
 
 
 def test_a_default_asks_for_nothing() -> None:
-    for values in ({"gate": "none", "lambda_sparsity": 0.01}, {"gate": "none", "lambda_sparsity": 0},
-                   {"model_name": "joint", "growth_rule": "threshold"}, {"model_name": "joint", "lrate": 0.01},
-                   {"model_name": "finetune_head", "growth_threshold": 0.1}):
-        config_from_dict({**MINIMAL, **values})
+    for choice, name, value in (({"gate": "none"}, "lambda_sparsity", 0.01), ({"gate": "none"}, "lambda_sparsity", 0),
+                                ({"model_name": "joint"}, "growth_rule", "threshold"),
+                                ({"model_name": "joint"}, "lrate", 0.01),
+                                ({"model_name": "finetune_head"}, "growth_threshold", 0.1)):
+        assert config_from_dict({**MINIMAL, **choice, name: value}) == config_from_dict({**MINIMAL, **choice}), name
 
 
 def test_all_keys_without_effect_are_named_at_once() -> None:
