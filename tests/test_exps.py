@@ -129,7 +129,7 @@ def test_fashion_mnist_has_the_recipe_of_the_quick_start_and_a_twin():
     assert differing_from_original("fashion_mnist") == {"growth_threshold", "refit_lr", "row_fit"}
     quickstart, fashion = (load_config(EXPS / f"{name}.json").model_dump() for name in ("quickstart", "fashion_mnist"))
     differing = {key for key in quickstart if quickstart[key] != fashion[key]}
-    assert differing == {"prefix", "dataset", "filepath", "init_epoch", "epochs"}
+    assert differing == {"prefix", "dataset", "filepath", "init_epoch", "epochs", "eval_every"}
 
 
 def test_variants_of_sdlora_differ_in_what_they_are_named_for():
