@@ -110,7 +110,8 @@ def build(config: Config, seed: int, device: torch.device) -> tuple[FrozenViT, D
         device=device, shuffle=config.shuffle, nb_tasks=config.nb_tasks, val_fraction=held_out,
         mean_std=backbone.mean_std if config.normalize == "backbone" else None, placement=config.data_placement,
         num_workers=workers, copies=processes, bad_images=config.bad_images, task_domains=config.task_domains,
-        order_seed=config.order_seed, scenario=config.scenario, images_per_class=config.images_per_class)
+        order_seed=config.order_seed, scenario=config.scenario, images_per_class=config.images_per_class,
+        test_images_per_class=config.test_images_per_class)
     return backbone, data
 
 

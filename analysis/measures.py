@@ -6,6 +6,7 @@ from typing import Any
 
 from analysis.records import Draw, Method
 from analysis.statistics import Paired, paired
+from utils.results.metrics import mean_task_accuracy
 
 MIB = 2**20
 
@@ -45,6 +46,12 @@ def _within_task(result: Mapping[str, Any]) -> float | None:
     return curve[-1] if curve else None
 
 
+def _mean_task_accuracy(result: Mapping[str, Any]) -> float | None:
+    """None where no task has more than twice the test images of another: it would be last accuracy once more."""
+    images = result["tasks"][-1]["counts"]["images"]
+    return mean_task_accuracy(result["metrics"]["accuracy_matrix"]) if max(images) > 2 * min(images) else None
+
+
 def _seconds(result: Mapping[str, Any]) -> float:
     return sum(entry["seconds"] for entry in result["tasks"])
 
@@ -69,6 +76,7 @@ def _peak_memory(result: Mapping[str, Any]) -> float:
 MEASURES = (
     Measure("last_accuracy", "last accuracy (%)", 2, _metric("last_accuracy"), has_margin=True),
     Measure("average_accuracy", "average accuracy (%)", 2, _metric("average_accuracy"), has_margin=True),
+    Measure("mean_task_accuracy", "mean over tasks (%)", 2, _mean_task_accuracy, has_margin=True, optional=True),
     Measure("forgetting", "forgetting (points)", 2, _metric("forgetting"), higher_is_better=False, has_margin=True),
     Measure("backward_transfer", "backward transfer (points)", 2, _metric("backward_transfer"), has_margin=True,
             in_page=False),

@@ -328,7 +328,8 @@ def _titles(streams: Mapping[tuple, Sequence[Run]]) -> list[str]:
         first, later = config["init_cls"], config["increment"]
         sizes = f"{first} classes" if first == later or tasks == 1 else f"{first}, then {later} classes"
         domains = f", domains {' '.join(config['task_domains'])}" if config.get("task_domains") else ""
-        few = f", at most {config['images_per_class']} images of a class" if config.get("images_per_class") else ""
+        few = "".join(f", at most {config[key]} {kind}images of a class" for key, kind in
+                      (("images_per_class", ""), ("test_images_per_class", "test ")) if config.get(key))
         word = "task" if config.get("scenario", "class") == "class" else "domain"
         titles.append(f"{dataset}, {tasks} {word}{'s' * (tasks > 1)} of {sizes}{domains}{few}, {network}")
         details.append(f"{classes} classes in all, data_path {folder}, shuffle {config['shuffle']}, weights {weights[:8]}")

@@ -18,11 +18,12 @@ SIGNIFICANT = 0.05
 READING = """## How to read this
 
 - Figures are mean ± sample standard deviation over seeds; `-` stands for a figure that a method does not have. Last accuracy
-  is on the test images of all classes after the last task, average accuracy the mean of that after every task. Within-task
-  accuracy is after the last task with the task told, so that its own classes alone compete. Adapters, stored parameters and
-  bytes are those after the last task, without the frozen backbone; seconds are the sum over the tasks, those of training
-  without the evaluations. Milliseconds per test image are those of the evaluation after the last task, reading the images
-  included.
+  is on the test images of all classes after the last task, average accuracy the mean of that after every task; the mean over
+  tasks, shown where a task has more than twice the test images of another, is after the last task, every task weighing the
+  same. Within-task accuracy is after the last task with the task told, so that its own classes alone compete. Adapters,
+  stored parameters and bytes are those after the last task, without the frozen backbone; seconds are the sum over the tasks,
+  those of training without the evaluations. Milliseconds per test image are those of the evaluation after the last task,
+  reading the images included.
 - Backward transfer is the mean over old tasks of accuracy at the end minus accuracy when learned. Calibration error is the
   expected one (15 bins, temperature 1, all seen classes) after the last task. Forward transfer, of runs with the key
   `forward_transfer`, is the mean over tasks of the accuracy of nearest class means before the task is learned, with the

@@ -47,7 +47,7 @@ class DataManager:
     all images as they are. `order_seed`: draws the class order, by default `seed` does. `scenario`: "class", new classes in
     every task, or "domain", the first `init_cls` classes in every task and another domain: those of `task_domains`, by default
     all that the data set has of its own. `images_per_class`: at most so many training images of every class are taken, before
-    `val_fraction` is; of a class that comes back, in every task.
+    `val_fraction` is, and `test_images_per_class` test images; of a class that comes back, in every task.
 
     tasks: which classes each task has. class_order: natural labels of the stream's classes in their order. class_names: their
     names, in the same order. task_sizes: classes of each task. task_of_class: the task that brings each class, int64
@@ -75,6 +75,7 @@ class DataManager:
         order_seed: int | None = None,
         scenario: str = "class",
         images_per_class: int | None = None,
+        test_images_per_class: int | None = None,
     ) -> None:
         if placement not in PLACEMENTS:
             raise unknown("data_placement", placement, PLACEMENTS)
@@ -90,7 +91,8 @@ class DataManager:
             self.tasks = Tasks.of_sizes(task_sizes([len(part.classes) for part in self.series.parts], init_cls, increment,
                                                    nb_tasks))
             self.task_domains = check_domains(task_domains, len(self.tasks.classes), own)
-        self.scenario, self.images_per_class, self.nb_tasks = scenario, images_per_class, len(self.tasks.classes)
+        self.scenario, self.nb_tasks = scenario, len(self.tasks.classes)
+        self.portions = {"images_per_class": images_per_class, "test_images_per_class": test_images_per_class}
         self.task_sizes, self.task_of_class = [len(classes) for classes in self.tasks.classes], self.tasks.task_of_class
         self.order_seed = seed if order_seed is None else order_seed
         order = self.series.class_order(lambda classes: class_order(classes, self.order_seed, shuffle))
@@ -100,7 +102,8 @@ class DataManager:
         skip = bad_images == "skip"
         trained, test = (self._of_cells(self._usable(split, skip), number, own)
                          for number, split in enumerate(("train", "test")))
-        trained = at_most(images_per_class, trained, self.tasks, order, seed)
+        trained, test = (at_most(count, key, members, self.tasks, order, seed)
+                         for (key, count), members in zip(self.portions.items(), (trained, test), strict=True))
         if self.task_domains and not own:
             shown, (trained, test) = through_lenses(self.series.parts[0], self.tasks, self.task_domains, (trained, test), seed)
             self.series = Series(shown)
@@ -327,7 +330,7 @@ class DataManager:
             "class_names": self.class_names,
             **({"task_domains": self.task_domains} if self.task_domains else {}),
             **({"scenario": self.scenario} if self.scenario != "class" else {}),  # so that older sums stay what they are
-            **({"images_per_class": self.images_per_class} if self.images_per_class is not None else {}),
+            **{key: count for key, count in self.portions.items() if count is not None},
             "images": {split: self.series.digest(split) for split in ("train", "test")},
             "tasks": tasks,
         }

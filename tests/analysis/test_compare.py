@@ -49,7 +49,7 @@ def test_a_true_record_is_read_with_all_its_measures(trained):
     last = result["tasks"][-1]
     assert read["image_milliseconds"] * sum(last["counts"]["images"]) == pytest.approx(1000 * last["evaluation_seconds"])
     assert {key for key, value in read.items() if value is None} == {
-        "forward_transfer", *(f"kept_set_{name}" for name in ("precision", "recall", "f1", "auc"))}
+        "forward_transfer", "mean_task_accuracy", *(f"kept_set_{name}" for name in ("precision", "recall", "f1", "auc"))}
 
 
 def test_a_record_without_the_younger_figures_is_read_without_them(base, tmp_path):
@@ -70,6 +70,17 @@ def test_a_record_without_the_younger_figures_is_read_without_them(base, tmp_pat
     page, written = compare([tmp_path], tmp_path / "out")
     row, = (line for line in page.splitlines() if line.startswith("| old ") or line.startswith("| young "))
     assert "(n = 1)" in row and "forward transfer (points)" not in page
+
+
+def test_the_mean_over_tasks_is_shown_where_tasks_have_unlike_test_sets(base, tmp_path):
+    for name, images in (("even", 20), ("uneven", 21)):
+        record = varied(base, 1)
+        record["tasks"][-1]["counts"]["images"] = [10, 10, images]
+        record["metrics"]["accuracy_matrix"][-1] = [90.0, 50.0, 10.0]
+        save(tmp_path / name / "mine", record)
+        page, _ = compare([tmp_path / name], tmp_path / f"{name}_out")
+        assert ("mean over tasks (%)" in page) == (name == "uneven")
+    assert " 50.00 |" in next(line for line in page.splitlines() if line.startswith("| mine "))
 
 
 def test_methods_are_runs_that_differ_in_the_seed_alone(runs, base, tmp_path):
@@ -123,7 +134,8 @@ def test_the_same_config_run_twice_is_two_methods(base, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"dataset": "glyphs"}, {"init_cls": 5}, {"increment": 20}, {"data_path": "./other"},
-                                    {"task_domains": ["plain", "dots", "plain"]}, {"shuffle": False}, {"images_per_class": 5}])
+                                    {"task_domains": ["plain", "dots", "plain"]}, {"shuffle": False}, {"images_per_class": 5},
+                                    {"test_images_per_class": 5}])
 def test_unlike_streams_are_never_in_one_table(runs, base, change):
     save(runs / "other", varied(base, 1993, **change))
     first, second = sorted(streams(runs), key=lambda stream: len(stream.methods))

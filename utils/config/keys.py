@@ -130,7 +130,12 @@ class DataKeys(KeyGroup):
         None,
         "Learn from at most so many training images of every class, of a class that comes back in every task: few-shot "
         "comparisons, and short trials of a large data set. The seed draws them, those of a smaller number among those of a "
-        "larger one; all test images stay.",
+        "larger one.",
+        unset="all", ge=1)
+    test_images_per_class: int | None = key(
+        None,
+        "Test on at most so many test images of every class, of a class that comes back in every task, drawn likewise: "
+        "short trials, long streams (every task ends with all test images so far), data sets of unlike sizes in one stream.",
         unset="all", ge=1)
     bad_images: Literal["stop", "skip"] = key(
         "stop",

@@ -1,4 +1,4 @@
-"""Which of its training images a stream learns from: at most so many of every class, and without those that are held out.
+"""Which of its images a stream learns from and is tested on: at most so many of every class, and without those held out.
 
 A portion is drawn for every cell (utils/data/tasks.py), keyed by the seed and the natural label of its class, and by its task
 where the class comes back; all lists of images are ascending.
@@ -14,14 +14,15 @@ from utils.errors import UserError
 from utils.rng import generator
 
 
-def at_most(count: int | None, members: Members, tasks: Tasks, order: Sequence[int], seed: int) -> Members:
+def at_most(count: int | None, key: str, members: Members, tasks: Tasks, order: Sequence[int], seed: int) -> Members:
     """`count` images of every cell, or all where it has no more; those of a smaller count are among those of a larger one.
 
-    order: natural labels of the classes in the order of the stream. None leaves out nothing.
+    key: that of the config, which keys the draw. order: natural labels of the classes in the order of the stream. None leaves
+    out nothing.
     """
     if count is None:
         return members
-    return [np.sort(images[_drawn(len(images), "images_per_class", cell, tasks, order, seed)[:count]])
+    return [np.sort(images[_drawn(len(images), key, cell, tasks, order, seed)[:count]])
             for cell, images in enumerate(members)]
 
 

@@ -182,6 +182,14 @@ def average_accuracy(counts: Sequence[TaskCounts]) -> float | None:
     return None if len(counts[-1].images) > len(counts) else _mean(curve(counts))
 
 
+def mean_task_accuracy(matrix: Matrix) -> float | None:
+    """Mean of the last row of `R` (ACC of Lopez-Paz & Ranzato, 2017): every task weighs the same, whatever images it has.
+
+    What is reported of streams of several data sets, whose test sets differ in size.
+    """
+    return _mean(matrix[-1])
+
+
 def accuracy_when_learned(matrix: Matrix) -> list[float | None]:
     """`R[k][k]`: accuracy in percent on each task right after it was learned, all classes seen competing.
 
@@ -241,6 +249,7 @@ def summary(counts: Sequence[TaskCounts], calibrations: Sequence[Calibration | N
         "top5_curve": curve(counts, "top5"),
         "last_accuracy": curve(counts)[-1],
         "average_accuracy": average_accuracy(counts),
+        "mean_task_accuracy": mean_task_accuracy(matrix),
         "forgetting": forgetting(matrix),
         "backward_transfer": backward_transfer(matrix),
         "forward_transfer": forward_transfer(before),

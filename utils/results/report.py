@@ -71,9 +71,12 @@ def curve_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def transfer_line(metrics: Mapping[str, Any]) -> str:
-    """Transfer and calibration at the end of a run, on one line, from `metrics.summary`; what was not measured is left out."""
-    shown = {"Backward Transfer (CNN)": "backward_transfer", "Forward Transfer": "forward_transfer",
-             "Calibration Error (CNN)": "calibration_error"}
+    """Mean over tasks, transfer and calibration at the end of a run, on one line, from `metrics.summary`.
+
+    What was not measured is left out.
+    """
+    shown = {"Mean Task Accuracy (CNN)": "mean_task_accuracy", "Backward Transfer (CNN)": "backward_transfer",
+             "Forward Transfer": "forward_transfer", "Calibration Error (CNN)": "calibration_error"}
     known = {name: metrics.get(key) for name, key in shown.items()}
     return ", ".join(f"{name}: {value:.2f}" for name, value in known.items() if value is not None)
 
@@ -84,6 +87,7 @@ def task_figures(entry: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[s
     kept = entry["kept"]
     figures = {
         "task": entry["task"], "accuracy/last": metrics["last_accuracy"], "accuracy/average": metrics["average_accuracy"],
+        "accuracy/mean_task": metrics["mean_task_accuracy"],
         "accuracy/forgetting": metrics["forgetting"], "accuracy/backward_transfer": metrics["backward_transfer"],
         "accuracy/forward_transfer": metrics["forward_transfer"], "accuracy/calibration_error": metrics["calibration_error"],
         **{f"accuracy/task_{task}": value for task, value in enumerate(metrics["accuracy_matrix"][-1])},

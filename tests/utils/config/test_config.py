@@ -147,7 +147,7 @@ def test_only_what_the_trainer_resolves_stays_null():
     assert open_keys == {
         "nb_tasks", "task_domains", "backbone_weights", "backbone_block", "image_size", "rank_schedule", "alpha_lr", "gate_lr",
         "head_lr", "refit_lr", "tuned_epoch", "checkpoint_steps", "num_workers", "max_grad_norm", "row_epochs", "order_seed",
-        "images_per_class"}
+        "images_per_class", "test_images_per_class"}
 
 
 def test_null_is_the_default(tmp_path):

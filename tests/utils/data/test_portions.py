@@ -1,4 +1,4 @@
-"""utils/data/portions.py: how many of a class's training images a stream learns from, and which."""
+"""utils/data/portions.py: how many of a class's images a stream learns from and is tested on, and which."""
 
 from pathlib import Path
 
@@ -35,6 +35,15 @@ def test_so_many_of_every_class_and_all_test_images(options: dict) -> None:
     if "scenario" not in options:  # else a task's images are copies, numbered by themselves
         everything = [train | val for train, val in zip(chosen(whole), chosen(whole, "val"))]
         assert all(train | val < both for train, val, both in zip(chosen(data), chosen(data, "val"), everything, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"val_fraction": 0.25}, DOMAINS])
+def test_so_many_test_images_of_every_class_and_all_to_learn_from(options: dict) -> None:
+    whole, data = few(None, **options), few(None, test_images_per_class=1, **options)
+    assert [chosen(data, split) for split in ("train", "val")] == [chosen(whole, split) for split in ("train", "val")]
+    assert [len(images) for images in chosen(data, "test")] == [1] * len(chosen(data))
+    if "scenario" not in options:
+        assert all(one < other for one, other in zip(chosen(data, "test"), chosen(whole, "test"), strict=True))
 
 
 def test_fewer_images_are_among_more() -> None:

@@ -22,6 +22,7 @@ from utils.results.metrics import (
     forgetting,
     forward_transfer,
     mean_std,
+    mean_task_accuracy,
     summary,
     tally_classes,
     within_task_error_curve,
@@ -141,6 +142,7 @@ def test_metrics_worked_by_hand() -> None:
     assert accuracy_when_learned(matrix) == [90.0, 70.0, 50.0]
     assert forgetting(matrix) == (5.0 + 10.0) / 2  # best of 90 and 80 before the last task, minus 85; 70 - 60
     assert backward_transfer(matrix) == (-5.0 - 10.0) / 2
+    assert mean_task_accuracy(matrix) == (85.0 + 60.0 + 50.0) / 3  # not 66: the last task has fewer images than it weighs
 
 
 def test_forgetting_takes_the_best_earlier_accuracy_and_not_the_last_one() -> None:
@@ -197,6 +199,7 @@ def test_a_task_without_test_images_is_left_out() -> None:
     assert metrics["top1_curve"] == [90.0, 80.0, 60.0]
     assert metrics["forgetting"] == 20.0
     assert metrics["backward_transfer"] == -20.0
+    assert metrics["mean_task_accuracy"] == 60.0
 
 
 def test_the_counts_of_a_task_cover_the_tasks_seen() -> None:

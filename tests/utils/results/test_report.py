@@ -64,8 +64,9 @@ def test_curve_lines() -> None:
 def test_transfer_line_tells_what_was_measured() -> None:
     metrics = {"backward_transfer": -2.305001, "forward_transfer": None, "calibration_error": 5.4321}
     assert transfer_line(metrics) == "Backward Transfer (CNN): -2.31, Calibration Error (CNN): 5.43"
-    assert transfer_line({**metrics, "forward_transfer": 1.0}) == (
-        "Backward Transfer (CNN): -2.31, Forward Transfer: 1.00, Calibration Error (CNN): 5.43")
+    assert transfer_line({**metrics, "mean_task_accuracy": 50.0, "forward_transfer": 1.0}) == (
+        "Mean Task Accuracy (CNN): 50.00, Backward Transfer (CNN): -2.31, Forward Transfer: 1.00, "
+        "Calibration Error (CNN): 5.43")
     assert transfer_line({"backward_transfer": 0.0}) == "Backward Transfer (CNN): 0.00"  # of an older record
 
 
