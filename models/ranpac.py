@@ -24,6 +24,7 @@ from utils.config import key
 class RandomRidge(ProxyHead, RidgeHead):
     """The ridge head with RanPAC's scale of W and choice of lambda; its file is that of a ridge head."""
 
+    pools = False
     candidates = [10.0**exponent for exponent in range(-8, 9)]  # of equally good ones the first, the weakest
 
     def __init__(self, *args) -> None:
