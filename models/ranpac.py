@@ -18,18 +18,21 @@ from torch import Tensor
 from backbone.heads.proxy import ProxyHead
 from backbone.heads.ridge import RidgeHead
 from models.adapted import FirstTaskLearner
-from utils.config import key
+from utils.config import Config, key
 
 
 class RandomRidge(ProxyHead, RidgeHead):
     """The ridge head with RanPAC's scale of W and choice of lambda; its file is that of a ridge head."""
 
-    pools = False
     candidates = [10.0**exponent for exponent in range(-8, 9)]  # of equally good ones the first, the weakest
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
         self.projection.mul_(math.sqrt(self.width))
+
+    @staticmethod
+    def pools(config: Config) -> bool:
+        return config.ridge_lambda == "pooled"
 
     @staticmethod
     def usual_size(width: int) -> int:
@@ -53,10 +56,11 @@ class RanPAC(FirstTaskLearner):
         ridge_dim: int | None = key(
             None, "Random features M; their sums take 8 M^2 bytes.",
             unset="10,000 as published, or 16 times the width of the backbone where that is less", ge=1)
-        ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
+        ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto", "pooled"] = key(
             "auto",
-            'Ridge penalty lambda; `"auto"` takes, for every task anew, the power of ten with the smallest error on every '
-            "fifth image of the task, fitted on the others.", allowed='a number above 0, or "auto"')
+            'Ridge penalty lambda; `"auto"`, as published, takes for every task anew the power of ten with the smallest error '
+            'on every fifth image of the task, fitted on the others; `"pooled"` on every fifth image of all tasks so far, all '
+            "classes competing, for which it keeps twice the sums.", allowed='a number above 0, "auto" or "pooled"')
 
     def make_head(self) -> RandomRidge:
         return RandomRidge(self.backbone.width, self.config, self.seed)

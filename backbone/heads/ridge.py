@@ -41,15 +41,14 @@ class RidgeHead(GrowingHead):
             None, "Random features; memory grows with its square.", unset="8 times the width of the backbone", ge=1)
         ridge_lambda: Annotated[float, Field(gt=0)] | Literal["auto"] = key(
             "auto",
-            'Penalty relative to the mean square of a random feature, over all images so far; `"auto"` takes, after every task '
+            'Penalty relative to the mean square of a random feature over all images so far; `"auto"` takes, after every task '
             "anew, the power of ten with the smallest error on every fifth of these images, fitted on the others, all classes "
-            "competing. Its sums take twice the memory of a given one's.",
+            "competing, for which it keeps twice the sums.",
             allowed='a number above 0, or "auto"')
 
     kind = "ridge"
     predicts = "F.linear(F.relu(features @ projection), weight)"
     candidates = CANDIDATES
-    pools = True  # "auto" asks the images of all tasks, not of the newest alone
     STATISTICS = ("projection", "gram", "cross", "held_gram", "held_cross", "readout")
 
     def __init__(self, width: int, config: Config, seed: int) -> None:
@@ -59,10 +58,15 @@ class RidgeHead(GrowingHead):
         self.register_buffer("projection", torch.randn(width, size, generator=stream) / math.sqrt(width))
         self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
         self.register_buffer("cross", torch.zeros(size, 0, dtype=torch.float64))
-        held = size if self.pools and config.ridge_lambda == "auto" else 0
+        held = size if self.pools(config) else 0
         self.register_buffer("held_gram", torch.zeros(held, held, dtype=torch.float64))
         self.register_buffer("held_cross", torch.zeros(held, 0, dtype=torch.float64))
         self.register_buffer("readout", torch.zeros(0, size))
+
+    @staticmethod
+    def pools(config: Config) -> bool:
+        """Whether lambda is chosen by the images of all tasks, so that those held out are kept apart in the sums."""
+        return config.ridge_lambda == "auto"
 
     @staticmethod
     def usual_size(width: int) -> int:
@@ -92,7 +96,7 @@ class RidgeHead(GrowingHead):
         fit_gram, fit_cross, held_gram, held_cross = sums
         self.gram, self.cross = self.gram + fit_gram + held_gram, self._joined(self.cross, fit_cross + held_cross)
         penalty = self.config.ridge_lambda
-        penalties = self._best_first(self.asked(sums), pause) if penalty == "auto" else [penalty]
+        penalties = self._best_first(self.asked(sums), pause) if isinstance(penalty, str) else [penalty]
         for penalty in penalties:  # the best, unless it is too small for the sums over all images
             W = solve(self.gram, self.cross, self.strength(self.gram, penalty))
             if W is not None:
@@ -110,12 +114,12 @@ class RidgeHead(GrowingHead):
         return cross + F.pad(new, (self.first, cross.shape[1] - self.first - new.shape[1]))
 
     def asked(self, sums: list[Tensor]) -> list[Tensor]:
-        """What "auto" fits on and is judged by, in the order of `collect`, once the sums of a task have joined the others.
+        """What candidates are fitted on and judged by, in the order of `collect`, once a task's sums have joined the others.
 
-        Pooled, since a task's images alone know nothing of other classes, and are so few that they ask for a penalty which is
-        too strong for all (docs/LOG.md, 2026-11-26).
+        A task's images alone know nothing of other classes, and are so few that they ask for a penalty which is too strong for
+        all, or for none (docs/LOG.md, 2026-11-26): so it is the images of all tasks where those held out are kept.
         """
-        if not self.pools:
+        if not len(self.held_gram):
             return sums
         self.held_gram, self.held_cross = self.held_gram + sums[2], self._joined(self.held_cross, sums[3])
         return [self.gram - self.held_gram, self.cross - self.held_cross, self.held_gram, self.held_cross]

@@ -18,12 +18,13 @@ def test_loss_and_gradients_of_the_first_task() -> None:
     assert learner.trainable_parameters() == 6 * (2 * 128 * 5 + 5 + 128) + 2 * 128 + 1
 
 
-def test_prediction_is_algorithm_1_with_its_choice_of_lambda() -> None:
-    learner = begun("ranpac", ridge_dim=40)
+@pytest.mark.parametrize("choice", ["auto", "pooled"])
+def test_prediction_is_algorithm_1_with_its_choice_of_lambda_or_that_of_all_tasks(choice: str) -> None:
+    learner = begun("ranpac", ridge_dim=40, ridge_lambda=choice)
     adapter = leaves(learner.bank.current)
     W = learner.head.projection.clone()
     assert W.std().item() == pytest.approx(1, abs=0.05)
-    G, Q, vit = torch.zeros(40, 40).double(), torch.zeros(40, 0).double(), fresh()
+    G, Q, vit, seen = torch.zeros(40, 40).double(), torch.zeros(40, 0).double(), fresh(), []
     images = test_images(learner, 7).double()
     for task in range(2):
         learner.end_task()
@@ -31,11 +32,12 @@ def test_prediction_is_algorithm_1_with_its_choice_of_lambda() -> None:
         with torch.no_grad():
             H, Y = torch.relu(plain_features(vit, x, adapter) @ W), torch.eye(2).double()[y]
             tested = torch.relu(plain_features(vit, images, adapter) @ W)
-        out = (torch.arange(len(H)) + 1) % 5 == 0
+        seen.append((H, torch.eye(4).double()[2 * task + y], (torch.arange(len(H)) + 1) % 5 == 0))
+        X, targets, out = seen[-1] if choice == "auto" else (torch.cat(parts) for parts in zip(*seen))
         errors = []
         for exponent in range(-8, 9):
-            fit = torch.linalg.solve(H[~out].T @ H[~out] + 10.0**exponent * torch.eye(40).double(), H[~out].T @ Y[~out])
-            errors.append(((H[out] @ fit - Y[out]) ** 2).mean().item())
+            fit = torch.linalg.solve(X[~out].T @ X[~out] + 10.0**exponent * torch.eye(40).double(), X[~out].T @ targets[~out])
+            errors.append(((X[out] @ fit - targets[out]) ** 2).sum().item())
         penalty = 10.0 ** (errors.index(min(errors)) - 8)
         G, Q = G + H.T @ H, torch.cat([Q, H.T @ Y], 1)
         want = tested @ torch.linalg.solve(G + penalty * torch.eye(40).double(), Q)
