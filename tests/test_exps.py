@@ -321,9 +321,9 @@ def test_every_method_of_the_baselines_has_three_rates_to_choose_from():
         assert run.seed == 1993 and {getattr(run.config, key) for key in RATES if hasattr(run.config, key)} == {float(rate)}
         tuned.setdefault(method, {})[float(rate)] = settings_of(run.config)
     methods = {run.name: run.config for run in load_study(EXPS / "studies" / "baselines_digits.json").runs()}
-    on_top = {name for name in methods if name.endswith("_ridge")}  # another head at the rates of the method
+    on_top = {name for name in methods if name.endswith(("_ridge", "_pooled"))}  # another head at the rates of the method
     assert tuned.keys() == {name for name, config in methods.items() if hasattr(config, "init_lr")} - on_top
-    assert all(methods[name].init_lr == methods[name.removesuffix("_ridge")].init_lr for name in on_top)
+    assert all(methods[name].init_lr == methods[name.rpartition("_")[0]].init_lr for name in on_top)
     for name, settings in tuned.items():
         low, middle, high = sorted(settings)
         assert (middle, high) == pytest.approx((4 * low, 16 * low)), name
