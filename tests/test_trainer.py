@@ -35,6 +35,7 @@ from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.calibration import Calibration
 from utils.results.metrics import ClassCounts, TaskCounts, count_predictions, summary, tally_classes
+from utils.runs.checkpoint import Checkpoints
 from utils.runs.progress import LOGGER
 
 
@@ -276,6 +277,13 @@ def test_a_run_that_is_no_longer_finite_ends_in_one_sentence_and_can_go_on(tmp_p
     assert "task 1" in message and "step 3" in message
     assert torch.load(tmp_path / "run" / "beta_values_task_0.pt")["kept"]
     monkeypatch.undo()
+    checkpoints = Checkpoints(tmp_path / "run")
+    state = checkpoints.load()[0]
+    learner = {name: part for name, part in state["learner"].items() if name != "head"}
+    lacking = checkpoints.save({**state, "learner": learner})
+    message = refused(capsys, "--config", str(path))
+    assert "checkpoint is of other code and lacks 'head'" in message and "--overwrite" in message
+    lacking.unlink()
     assert main(["--config", str(path)]) == 0
 
 
