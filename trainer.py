@@ -271,8 +271,8 @@ class Run:
         try:
             self.learner.load_state(state["learner"])
         except KeyError as missing:  # parts have names
-            raise UserError(f"{self.folder}: its checkpoint is of other code and lacks {missing}; finish the run with that code, "
-                            "or use --overwrite to start over.") from missing
+            raise UserError(f"{self.folder}: its checkpoint is of other code and lacks {missing}; finish the run with that "
+                            "code, or use --overwrite to start over.") from missing
         self.records[:] = json.loads(state["records"])
         self.within_task, self.steps, self.tested = state["within_task"], state["steps"], state.get("tested", 0.0)
         self.task_started = time.monotonic() - state["seconds"]
