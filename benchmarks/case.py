@@ -22,9 +22,9 @@ adapters, activations, gradients, and what the allocator keeps. It is taken afte
 floor in the process, and before evaluation.
 """
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import repeat
@@ -361,5 +361,12 @@ def _matmul_rate(device: torch.device, size: int = 8192) -> float:
     return 2 * size**3 / watch.median()
 
 
+def from_json(text: str) -> Case:
+    """The case with these fields; ValueError or TypeError for anything else."""
+    return Case(**json.loads(text))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))), flush=True)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.case", description="One case of benchmarks.step, which calls this.")
+    parser.add_argument("case", type=from_json, help="the fields of a Case as JSON")
+    print(json.dumps(measure(parser.parse_args().case)), flush=True)

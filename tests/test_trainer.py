@@ -214,6 +214,18 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_computed(options: list, tmp_path: Path, capsys,
+                                                                          monkeypatch) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    path = write_config(tmp_path, filepath=str(tmp_path / "notes.txt" / "run"))
+    assert f"'{tmp_path / 'notes.txt'}' is a file, not a folder" in refused(capsys, "--config", str(path), *options)
+    path = write_config(tmp_path, filepath=str(tmp_path / "new" / "run"))
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)  # root may write anywhere
+    assert f"nothing may be written into '{tmp_path}'" in refused(capsys, "--config", str(path), *options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config_file.json", "notes.txt"]
+
+
 _CHOICES = [{key: name} for key, table in (("gate", GATES), ("model_name", LEARNERS), ("head", HEADS)) for name in table]
 
 

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what it already holds, and how it is set aside."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ def claim(folder: Path, config: Config) -> None:
 
 
 def check_owner(folder: Path, config: Config) -> None:
-    """Raises UserError if `folder` holds a run of another config, or files of a run without its config."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"filepath: '{folder}' is a file, not a folder; choose another one.")
+    """Raises UserError if `folder` holds a run of another config, or files of a run without its config, or cannot be made."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not place.is_dir():
+        raise UserError(f"filepath: '{place}' is a file, not a folder; choose another one.")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"filepath: nothing may be written into '{place}'; choose another folder.")
     saved = folder / "config.json"
     if not saved.exists():
         if any(folder.glob("beta_values_task_*.pt")) or any(folder.glob("head_task_*.safetensors")):
