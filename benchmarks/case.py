@@ -367,6 +367,6 @@ def from_json(text: str) -> Case:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.case", description="One case of benchmarks.step, which calls this.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.case", description="One case of benchmarks.step.")
     parser.add_argument("case", type=from_json, help="the fields of a Case as JSON")
     print(json.dumps(measure(parser.parse_args().case)), flush=True)

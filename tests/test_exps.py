@@ -314,13 +314,18 @@ def test_a_baselines_study_has_every_method_on_one_budget(path):
     assert {run.config.backbone_type for run in runs} == {"vit_glyph_tiny_patch8_32"}
 
 
-def test_every_method_of_the_baselines_has_three_rates_to_choose_from():
+CHOSEN_BY = pytest.mark.parametrize(("study", "chooses"), [("baselines_digits", "baselines_tune_digits"),
+                                                           ("baselines_glyphs_domains", "baselines_tune_glyphs_domains")])
+
+
+@CHOSEN_BY
+def test_every_method_of_the_baselines_has_three_rates_to_choose_from(study: str, chooses: str):
     tuned = {}
-    for run in load_study(EXPS / "studies" / "baselines_tune_digits.json").runs():
+    for run in load_study(EXPS / "studies" / f"{chooses}.json").runs():
         method, _, rate = run.name.rpartition("_lr")
         assert run.seed == 1993 and {getattr(run.config, key) for key in RATES if hasattr(run.config, key)} == {float(rate)}
         tuned.setdefault(method, {})[float(rate)] = settings_of(run.config)
-    methods = {run.name: run.config for run in load_study(EXPS / "studies" / "baselines_digits.json").runs()}
+    methods = {run.name: run.config for run in load_study(EXPS / "studies" / f"{study}.json").runs()}
     on_top = {name for name in methods if name.endswith(("_ridge", "_pooled"))}  # another head at the rates of the method
     assert tuned.keys() == {name for name, config in methods.items() if hasattr(config, "init_lr")} - on_top
     assert all(methods[name].init_lr == methods[name.rpartition("_")[0]].init_lr for name in on_top)
@@ -328,3 +333,15 @@ def test_every_method_of_the_baselines_has_three_rates_to_choose_from():
         low, middle, high = sorted(settings)
         assert (middle, high) == pytest.approx((4 * low, 16 * low)), name
         assert methods[name].init_lr in settings and settings[low] == settings[high] == settings_of(methods[name]), name
+
+
+@CHOSEN_BY
+def test_the_rate_of_every_method_is_the_best_that_was_tried(study: str, chooses: str):
+    """By the committed records: the best last accuracy, of equal ones the lower rate; a run that failed has no record."""
+    found = {}
+    for path in sorted((EXPS.parent / "docs" / "results" / chooses).glob("*/seed_1993.json")):
+        method, _, rate = path.parent.name.rpartition("_lr")
+        found.setdefault(method, {})[float(rate)] = json.loads(path.read_text(encoding="utf-8"))["metrics"]["last_accuracy"]
+    methods = {run.name: run.config for run in load_study(EXPS / "studies" / f"{study}.json").runs()}
+    assert {name: methods[name].init_lr for name in found} == {
+        name: min(tried, key=lambda rate: (-tried[rate], rate)) for name, tried in found.items()}
