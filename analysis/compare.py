@@ -33,8 +33,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                              "the first)")
     parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS",
                         help='points of accuracy up to which a method is "no worse" or "equal" (default: 0.5)')
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
-                        help=f"where comparison.md, the CSV files and the pictures go (default: {OUTPUT})")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
+                      help=f"where comparison.md, the CSV files and the pictures go (default: {OUTPUT})")
+    form.add_argument("--brief", action="store_true", help="print one table per stream, the best method first; write nothing")
     return parser.parse_args(arguments)
 
 
@@ -86,6 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     def work() -> None:
+        if options.brief:
+            from analysis.brief import brief
+
+            _, streams, baselines = read_streams(options.runs, labels_of(options.label), options.baseline, options.margin)
+            print(brief(streams, baselines, options.margin), flush=True)
+            return
         page, written = compare(options.runs, options.output, options.baseline, options.margin, labels_of(options.label),
                                 shlex.join(["python", "-m", "analysis.compare", *arguments]))
         print(page)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from analysis.compare import compare, main
 from analysis.measures import measures_of
@@ -113,6 +114,25 @@ def test_the_command_prints_the_page_and_says_what_it_wrote(runs, tmp_path, caps
                 assert 600 <= image.width <= 2000 and np.asarray(image.convert("L")).std() > 5
 
 
+def test_brief_is_one_table_with_the_best_first_and_writes_nothing(runs, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(runs / "single", varied(base, 1993, last=70, adapters=[1, 2, 3], parameters=1))
+    before = set(tmp_path.rglob("*"))
+    assert main([str(runs), "--brief"]) == 0
+    title, empty, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("## digits, 3 tasks") and empty == "" and set(tmp_path.rglob("*")) == before
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    shown = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [(row["method"], row["seeds"]) for row in shown] == [("`single`", "1"), ("`gated`", "5"), ("`sdlora`", "5")]
+    assert [row["last accuracy (%)"] for row in shown] == ["70.00", "64.00 ± 1.58", "60.40 ± 0.55"]
+    assert [row["F1"] for row in shown] == ["-", "0.67", "-"]
+    p = f"{stats.ttest_1samp([2, 2, 4, 4, 6], 0).pvalue:.4f}"
+    assert [row["last: minus sdlora"] for row in shown] == ["+10.00 (1 seed)", f"+3.60 ± 1.67 (p {p})", ""]
+    with pytest.raises(SystemExit, match="2"):
+        main([str(runs), "--brief", "--output", "out"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_two_streams_have_pictures_of_their_own(runs, base, tmp_path):
     save(runs / "glyphs", varied(base, dataset="glyphs"))
     page, written = compare([runs], tmp_path / "out")
@@ -154,7 +174,8 @@ def test_help_comes_without_torch():
     check = ("import sys, analysis.compare as c\ntry: c.parse(['--help'])\nexcept SystemExit: pass\n"
              "sys.exit('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and all(option in done.stdout for option in ("--baseline", "--margin", "--output", "--label"))
+    options = ("--baseline", "--margin", "--output", "--brief", "--label")
+    assert done.returncode == 0 and all(option in done.stdout for option in options)
 
 
 def test_optional_columns_come_with_their_figures(runs, base):
