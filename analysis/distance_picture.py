@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from utils.results.plots import BLUE, GRAY, ORANGE
+from utils.results.plots import BLUE, GRAY, ORANGE, logarithmic
 
 if TYPE_CHECKING:
     from analysis.distances import Arrival
@@ -91,11 +90,7 @@ def _rows(axes: Axes, domains: Mapping[int, str], lanes: Mapping[int, float], ta
 
 def _distances(axes: Axes, labelled: bool) -> None:
     """The axis of distances: logarithmic, with plain numbers, and its name where the panel is `labelled`."""
-    axes.set_xscale("log", nonpositive="clip")
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high / low < 300 else (1, 3), numticks=20))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    logarithmic(axes)
     axes.tick_params(axis="x", labelbottom=labelled, labelsize=9)
     axes.grid(axis="x", alpha=0.25)
     if labelled:

@@ -18,7 +18,7 @@ from analysis.measures import MEASURES, Measure, values
 from analysis.records import Run, Stream
 from utils.config import title_of
 from utils.results.metrics import mean_std
-from utils.results.plots import DPI, GRAY
+from utils.results.plots import DPI, GRAY, logarithmic
 from utils.runs.files import write_bytes
 
 # Okabe & Ito (2008); seven colours by nine markers give 63 methods a look of their own.
@@ -92,7 +92,7 @@ def _pareto_panel(axes: Axes, stream: Stream, accuracy: Measure, cost: Measure, 
                   label="best for its cost (means)")
     spent = [x for x, _ in points]
     if spent and min(spent) > 0 and max(spent) > 8 * min(spent):
-        axes.set_xscale("log")
+        logarithmic(axes)
     axes.set_xlabel(f"{label}{' (logarithmic)' if axes.get_xscale() == 'log' else ''}")
     axes.grid(alpha=0.3)
 

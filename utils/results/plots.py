@@ -16,7 +16,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from utils.config import title_of
 from utils.runs.files import write_bytes
@@ -162,6 +162,16 @@ def _integer_axis(axes: Axes, steps: list[int]) -> None:
     margin = 0.03 * max(len(steps) - 1, 10)
     axes.set_xlim(steps[0] - margin, steps[-1] + margin)
     axes.grid(alpha=0.3)
+
+
+def logarithmic(axes: Axes) -> None:
+    """Makes the x axis logarithmic: plain numbers, as many as have room; large ones, or many decades, as powers of ten."""
+    axes.set_xscale("log", nonpositive="clip")
+    low, high = axes.get_xlim()
+    if high / low < 3000 and high < 1e5:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1, 3), numticks=20))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _whole_numbers() -> MaxNLocator:
