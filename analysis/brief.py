@@ -29,16 +29,16 @@ COLUMNS = (Column("last_accuracy", "last accuracy (%)", 2), Column("average_accu
            Column("image_milliseconds", "ms an image", 2, spread=False))
 
 
-def brief(streams: Sequence[Stream], baselines: Sequence[Method | None], margin: float) -> str:
+def brief(streams: Sequence[Stream], baselines: Sequence[Method | None]) -> str:
     """A table per stream, under its title, in Markdown.
 
-    baselines: per stream the method whose last accuracy is taken off, None where it has none. margin: points.
+    baselines: per stream the method whose last accuracy is taken off, None where it has none.
     """
-    return "\n\n".join(f"## {stream.title}\n\n{_table(stream, baseline, margin)}"
+    return "\n\n".join(f"## {stream.title}\n\n{_table(stream, baseline)}"
                        for stream, baseline in zip(streams, baselines, strict=True))
 
 
-def _table(stream: Stream, baseline: Method | None, margin: float) -> str:
+def _table(stream: Stream, baseline: Method | None) -> str:
     """A row per method: seeds, mean ± deviation, and last accuracy minus the baseline's on the same seeds."""
     columns = [column for column in COLUMNS if any(values(method, _BY_KEY[column.key]) for method in stream.methods)]
     header = ["method", "seeds", *(column.heading for column in columns)]
@@ -46,7 +46,7 @@ def _table(stream: Stream, baseline: Method | None, margin: float) -> str:
     rows = []
     for method in sorted(stream.methods, key=_rank, reverse=True):
         row = [f"`{method.name}`", str(len(method.runs)), *(_figure(method, column) for column in columns)]
-        rows.append(row + [_difference(method, baseline, margin)] if baseline else row)
+        rows.append(row + [_difference(method, baseline)] if baseline else row)
     return markdown(header, rows)
 
 
@@ -65,12 +65,15 @@ def _figure(method: Method, column: Column) -> str:
     return f"{text} ± {deviation:,.{column.digits}f}" if shown else text
 
 
-def _difference(method: Method, baseline: Method, margin: float) -> str:
+def _difference(method: Method, baseline: Method) -> str:
     """Mean ± deviation and p of the paired t test, and the number of pairs where it is not that of the baseline's seeds."""
-    result = None if method is baseline else difference(method, baseline, RANKED_BY, margin)
+    if method is baseline:
+        return ""
+    result = difference(method, baseline, RANKED_BY, margin=None)
     if result is None:
-        return "" if method is baseline else MISSING
+        return MISSING
     text = f"{result.mean:+.2f}" + ("" if result.sd is None else f" ± {result.sd:.2f}")
-    notes = ([] if result.t_p is None else [f"p {p_text(result.t_p)}"]) + (
-        [] if result.n == len(baseline.runs) else [f"{result.n} seed{'s' * (result.n > 1)}"])
+    notes = [] if result.t_p is None else [f"p {p_text(result.t_p)}"]
+    if result.n != len(baseline.runs):
+        notes.append(f"{result.n} seed{'s' * (result.n > 1)}")
     return text + (f" ({', '.join(notes)})" if notes else "")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("runs/comparison")
 DEFAULT_BASELINE = "sdlora"
+MARGIN = 0.5
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,16 +32,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", metavar="NAME",
                         help=f"the method that the others are compared with (default: {DEFAULT_BASELINE} if it is there, else "
                              "the first)")
-    parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS",
-                        help='points of accuracy up to which a method is "no worse" or "equal" (default: 0.5)')
+    parser.add_argument("--margin", type=float, metavar="POINTS",
+                        help=f'points of accuracy up to which a method is "no worse" or "equal" (default: {MARGIN})')
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER",
                       help=f"where comparison.md, the CSV files and the pictures go (default: {OUTPUT})")
     form.add_argument("--brief", action="store_true", help="print one table per stream, the best method first; write nothing")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.brief and options.margin is not None:
+        parser.error("argument --margin: not allowed with argument --brief")
+    options.margin = MARGIN if options.margin is None else options.margin
+    return options
 
 
-def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = None, margin: float = 0.5,
+def compare(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = None, margin: float = MARGIN,
             labels: Mapping[Path, str] | None = None, command: str = "analysis.compare.compare") -> tuple[str, list[Path]]:
     """Compares the runs at `paths` and writes everything into `output`; returns the page and the files written.
 
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from analysis.brief import brief
 
             _, streams, baselines = read_streams(options.runs, labels_of(options.label), options.baseline, options.margin)
-            print(brief(streams, baselines, options.margin), flush=True)
+            print(brief(streams, baselines), flush=True)
             return
         page, written = compare(options.runs, options.output, options.baseline, options.margin, labels_of(options.label),
                                 shlex.join(["python", "-m", "analysis.compare", *arguments]))

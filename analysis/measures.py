@@ -106,8 +106,11 @@ def values(method: Method, measure: Measure) -> dict[Draw, float]:
     return {seed: float(value) for seed, value in read.items() if value is not None}
 
 
-def difference(method: Method, baseline: Method, measure: Measure, margin: float) -> Paired | None:
-    """`method` minus `baseline` over the seeds for which both have the figure; None where there is no such seed."""
+def difference(method: Method, baseline: Method, measure: Measure, margin: float | None) -> Paired | None:
+    """`method` minus `baseline` over the seeds for which both have the figure; None where there is no such seed.
+
+    margin: points up to which a method is "no worse" or "equal"; None tests neither.
+    """
     mine, theirs = values(method, measure), values(baseline, measure)
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds:

@@ -128,9 +128,10 @@ def test_brief_is_one_table_with_the_best_first_and_writes_nothing(runs, base, t
     assert [row["F1"] for row in shown] == ["-", "0.67", "-"]
     p = f"{stats.ttest_1samp([2, 2, 4, 4, 6], 0).pvalue:.4f}"
     assert [row["last: minus sdlora"] for row in shown] == ["+10.00 (1 seed)", f"+3.60 ± 1.67 (p {p})", ""]
-    with pytest.raises(SystemExit, match="2"):
-        main([str(runs), "--brief", "--output", "out"])
-    assert "not allowed with argument" in capsys.readouterr().err
+    for option, value in (("--output", "out"), ("--margin", "1")):  # that would change nothing
+        with pytest.raises(SystemExit, match="2"):
+            main([str(runs), "--brief", option, value])
+        assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_two_streams_have_pictures_of_their_own(runs, base, tmp_path):
