@@ -314,8 +314,9 @@ def test_a_baselines_study_has_every_method_on_one_budget(path):
     assert {run.config.backbone_type for run in runs} == {"vit_glyph_tiny_patch8_32"}
 
 
-CHOSEN_BY = pytest.mark.parametrize(("study", "chooses"), [("baselines_digits", "baselines_tune_digits"),
-                                                           ("baselines_glyphs_domains", "baselines_tune_glyphs_domains")])
+CHOSEN_BY = pytest.mark.parametrize(("study", "chooses"), [
+    ("baselines_digits", "baselines_tune_digits"), ("baselines_glyphs", "baselines_tune_glyphs"),
+    ("baselines_glyphs_domains", "baselines_tune_glyphs_domains")])
 
 
 @CHOSEN_BY
