@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-from utils.errors import UserError
+from utils.errors import UserError, sentence_of
 from utils.runs import processes
 from utils.runs.progress import LOGGER
 from utils.runs.signals import Stopped
@@ -18,15 +18,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python main.py --config=exps/quickstart.json\n"
                "  python main.py --config exps/studies/gumbel_grid.json --seed 1993 1994 --set nb_tasks=2")
-    parser.add_argument("--config", nargs="+", required=True, metavar="FILE",
-                        help="one or several JSON configs or studies, run in turn")
+    parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="JSON configs or studies, run in turn")
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="seeds instead of the config's, a run each")
     parser.add_argument("--device", nargs="+", metavar="NAME", help='"cpu", "auto", or a CUDA device such as 0')
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="set any config key; repeatable; docs/CONFIG.md lists the keys")
     parser.add_argument("--overwrite", action="store_true", help="start over; what the run's folder holds is moved aside")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print the resolved config, the split and parameter counts; train and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print resolved config, split and parameter counts; write nothing")
     return parser.parse_args(arguments)
 
 
@@ -36,12 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     options, status = parse(arguments), 0
     try:
         status = run_all(options, arguments)
-    except UserError as error:
-        if processes.speaks():
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        if (sentence := sentence_of(error)) is None:
+            raise
+        if processes.speaks():
+            print(f"error: {sentence}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:  # before training starts, when nothing has been written yet
         status = 130
     except Stopped as stop:
@@ -67,7 +67,7 @@ def run_all(options: argparse.Namespace, arguments: list[str]) -> int:
             status = max(status, perform(config, this, options.dry_run, options.overwrite))
         elif options.dry_run:
             if processes.place().rank == 0:
-                print(json.dumps(describe(config), indent=1, ensure_ascii=False), flush=True)
+                print(json.dumps(describe(config, options.overwrite), indent=1, ensure_ascii=False), flush=True)
         elif (number := processes.processes_to_start(config.device)) > 1:
             status = max(status, processes.start(number, [*this, *arguments, "--config", path]))  # the last --config counts
         else:

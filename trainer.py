@@ -34,11 +34,13 @@ from utils.runs.lock import lock
 from utils.runs.processes import place
 from utils.runs.progress import LOGGER, Progress
 from utils.runs.runtime import (
+    AT_THE_START,
+    WITHIN_A_RUN,
     code_version,
     environment,
     hardware,
     log_to_file,
-    out_of_memory,
+    memory_may_run_out,
     peak_memory,
     pick_device,
     reset_peak_memory,
@@ -77,17 +79,20 @@ def run(config: Config, overwrite: bool = False) -> list[dict[str, Any]]:
     return results
 
 
-def describe(config: Config) -> dict[str, Any]:
-    """What `--dry-run` prints: resolved config, split and parameter counts; trains and writes nothing."""
+def describe(config: Config, overwrite: bool = False) -> dict[str, Any]:
+    """What `--dry-run` prints: resolved config, split and parameter counts; trains and writes nothing.
+
+    overwrite: whatever a folder holds would be set aside."""
     device, warnings = pick_device(config.device)
     check_trackers(config.trackers)
-    for seed in config.seed:
+    for seed in () if overwrite else config.seed:
         run_folder.check_owner(run_folder.folder_of(config, seed), run_folder.of_seed(config, seed))
-    backbone, data = build(config, config.seed[0], device)
-    frozen = backbone.identity.parameters
-    kind = LEARNERS[config.model_name]
-    learner = kind(config, kind.stream(data), backbone, config.seed[0], Quiet())
-    learner.make_room(0)
+    with memory_may_run_out(AT_THE_START):
+        backbone, data = build(config, config.seed[0], device)
+        frozen = backbone.identity.parameters
+        kind = LEARNERS[config.model_name]
+        learner = kind(config, kind.stream(data), backbone, config.seed[0], Quiet())
+        learner.make_room(0)
     record = data.split_record()
     return {"config": config.model_dump(mode="json"), "warnings": [*config_warnings(config), *warnings], "device": str(device),
             "backbone": asdict(backbone.identity), "frozen_parameters": frozen,
@@ -151,6 +156,7 @@ class Run:
         self.task_started = self.checkpoint_written = time.monotonic()
         self.steps = 0
         self.tested = 0.0  # seconds of the current task that went into `evaluate`
+        self.trainable = 0  # scalars that it trains
         self.tracking = Tracking([], folder, {})  # in the main process it becomes one with trackers
 
     def finish(self, overwrite: bool = False) -> dict[str, Any]:
@@ -165,7 +171,8 @@ class Run:
             self.result = done
             self._report()
             return done
-        self._build()  # what refuses a config comes before the folder is touched, which then is nobody's
+        with memory_may_run_out(AT_THE_START):
+            self._build()  # what refuses a config comes before the folder is touched, which then is nobody's
         if overwrite and (aside := on_main(run_folder.set_aside, self.folder)):
             LOGGER.info(f"--overwrite: what was in {self.folder} is now in {aside}")
         with ExitStack() as held, self.signals:
@@ -173,11 +180,8 @@ class Run:
             self._prepare()
             on_main(self._begin_tracking, held)
             try:
-                self._stream()
-            except (RuntimeError, MemoryError) as error:
-                if sentence := out_of_memory(error):
-                    raise sentence from error
-                raise
+                with memory_may_run_out(WITHIN_A_RUN):
+                    self._stream()
             finally:
                 self.progress.close()
             self._report()
@@ -198,8 +202,7 @@ class Run:
     def after_step(self) -> None:
         """Writes a checkpoint when one is due, and stops the run once a signal has come."""
         self.steps += 1
-        due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
-        due, received = distributed.largest(due, self.signals.received or 0)
+        due, received = self._asked()
         if due or received or (self.config.checkpoint_steps and self.steps % self.config.checkpoint_steps == 0):
             self._checkpoint()
         self._stop_on(received)
@@ -212,10 +215,15 @@ class Run:
         """Shows work that is no optimizer step, and stops the run once a signal has come: with a checkpoint of what is done if
         the learner's state is `whole`, else the newest one is where the run goes on from."""
         self.progress.work(title, done, total)
-        received, = distributed.largest(self.signals.received or 0)
-        if whole and (received or time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes):
+        due, received = self._asked()
+        if whole and (due or received):
             self._checkpoint()
         self._stop_on(received)
+
+    def _asked(self) -> tuple[float, int]:
+        """Whether a checkpoint is due, by the clock of any process, and the signal that any has received: the same in all."""
+        due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
+        return distributed.largest(due, self.signals.received or 0)
 
     # ---- the run
 
@@ -275,6 +283,7 @@ class Run:
                             "code, or use --overwrite to start over.") from missing
         self.records[:] = json.loads(state["records"])
         self.within_task, self.steps, self.tested = state["within_task"], state["steps"], state.get("tested", 0.0)
+        self.trainable = state.get("trainable", 0)
         self.task_started = time.monotonic() - state["seconds"]
         restore_global_state(state["random"])
         place = f"within task {len(self.records)}" if self.within_task else f"after task {len(self.records) - 1}"
@@ -286,9 +295,10 @@ class Run:
             if not self.within_task:
                 self.task_started, self.tested = time.monotonic(), 0.0
                 self.learner.begin_task(task)
+                self.trainable = self.learner.trainable_parameters()
             self.within_task = True
-            trainable = self.learner.trainable_parameters()
             self.learner.train()
+            self.trainable = max(self.trainable, self.learner.trainable_parameters())  # a method may add while it trains
             self.progress.skip(self.task_steps[task] - self.learner.steps_done())  # a method may need fewer
             self._checkpoint()
             report = self.learner.end_task()
@@ -302,7 +312,7 @@ class Run:
             peak, = distributed.largest(peak_memory(self.device))
             self.records.append({
                 "task": task, "classes": self.stream.task_sizes[task], "seen_classes": self.stream.seen_classes(task),
-                **asdict(report), "trainable_parameters": trainable,
+                **asdict(report), "trainable_parameters": self.trainable,
                 "stored_parameters": sum(tensor.numel() for tensor in stored),
                 "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
                 "seconds": round(time.monotonic() - self.task_started, 3),
@@ -360,6 +370,7 @@ class Run:
         self.checkpoints.save({
             "learner": self.learner.state(), "records": json.dumps(self.records), "within_task": self.within_task,
             "seconds": time.monotonic() - self.task_started, "tested": self.tested, "steps": self.steps,
+            "trainable": self.trainable,
             "random": global_state()})
 
     def _metrics(self) -> dict[str, Any]:

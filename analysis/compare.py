@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import add_runs, make_output, status_of
-from utils.errors import UserError, nearest
+from analysis.command import add_runs, make_output
+from utils.errors import UserError, nearest, status_of
 
 if TYPE_CHECKING:
     from analysis.records import Found, Method, Stream

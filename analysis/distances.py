@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.command import add_runs, make_output, status_of
-from utils.errors import UserError
+from analysis.command import add_runs, make_output
+from utils.errors import UserError, status_of
 
 if TYPE_CHECKING:
     from analysis.records import Draw, Method, Stream

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from analysis.command import status_of
-from utils.errors import UserError
+from utils.errors import UserError, status_of
 
 NAMES = ("timm", "peft", "torchscript", "onnx")
 

@@ -7,14 +7,15 @@ import argparse
 import io
 import math
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import make_output, status_of
-from utils.errors import UserError, nearest
+from analysis.command import make_output
+from utils.errors import UserError, nearest, status_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,11 @@ class Point:
         """Mean over the seeds; NaN where no run has the figure."""
         known = self.of(key)
         return math.fsum(known) / len(known) if known else math.nan
+
+    def deviation(self, key: str) -> float:
+        """Sample standard deviation over the seeds; 0 for a single one."""
+        known = self.of(key)
+        return statistics.stdev(known) if len(known) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,6 @@ def figure(frontier: Frontier) -> "Figure":
     from matplotlib.figure import Figure
 
     from analysis.pictures import COLORS, DASHES, MARKERS
-    from utils.results.metrics import mean_std
 
     curves = frontier.curves()
     made = Figure(figsize=(11.0, 5.0 + 0.2 * -(-len(curves) // 4)), layout="constrained")
@@ -159,9 +164,9 @@ def figure(frontier: Frontier) -> "Figure":
     panels = made.subplots(1, 2)
     for axes, (key, name) in zip(panels, SHOWN.items(), strict=True):
         for index, (variant, points) in enumerate(curves.items()):
-            pairs = [[(point.mean(each), mean_std(point.of(each))[1] or 0.0) for point in points if point.of(key)]
-                     for each in ("adapters", key)]
-            (x, x_sd), (y, y_sd) = (zip(*pair, strict=True) for pair in pairs)
+            known = [point for point in points if point.of(key)]  # joint training has no average accuracy
+            x, x_sd, y, y_sd = ([of(point, each) for point in known] for each in ("adapters", key)
+                                for of in (Point.mean, Point.deviation))
             color = COLORS[index % len(COLORS)]
             axes.errorbar(x, y, xerr=x_sd, yerr=y_sd, color=color, marker=MARKERS[index % len(MARKERS)], markersize=6,
                           linestyle=DASHES[index // 2 % len(DASHES)], linewidth=1.2, elinewidth=0.7, capsize=2, label=variant)

@@ -32,6 +32,14 @@ from utils.runs.runtime import hardware, pick_device, versions
 Say = Callable[[str], None]
 
 
+def task_of(run: FinishedRun, task: int | None) -> int:
+    """The task that is asked for, by default the last; raises UserError for one that is not finished."""
+    last = len(run.gates) - 1
+    if task is not None and not 0 <= task <= last:
+        raise UserError(f"--task: {run.folder} has finished tasks 0 to {last}, not {task}; choose one of those.")
+    return last if task is None else task
+
+
 def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, device: str, say: Say) -> dict[str, Answer]:
     """The answer to every question; `say` gets lines on the progress.
 
@@ -39,10 +47,7 @@ def answer_all(run: FinishedRun, task: int | None, batch_size: int | None, devic
     missing or damaged files, other images than the run had, and a network that does not reproduce the accuracy that the run
     recorded.
     """
-    folder, last = run.folder, len(run.gates) - 1
-    task = last if task is None else task
-    if not 0 <= task <= last:
-        raise UserError(f"--task: {folder} has finished tasks 0 to {last}, not {task}; choose one of those.")
+    folder, task = run.folder, task_of(run, task)
     config = config_from_dict({**run.config.model_dump(mode="json"), "device": device}, options={"device": "--device"})
     place, warnings = pick_device(config.device)
     for warning in warnings:

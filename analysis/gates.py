@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis.command import make_output, positive, status_of
+from analysis.command import make_output, positive
+from utils.errors import status_of
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,13 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Answers, writes and prints; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
     def work() -> None:
-        from analysis.gate_answers import answer_all, report, write  # loads torch: --help is answered without
+        from analysis.gate_answers import answer_all, report, task_of, write  # loads torch: --help is answered without
         from analysis.gate_questions import read_run
 
         run = read_run(options.run)
+        task = task_of(run, options.task)
         folder = options.run / "gates" if options.output is None else options.output
         make_output(folder)  # before the answers are computed, which may take long
-        answers = answer_all(run, options.task, options.batch_size, options.device, _say)
+        answers = answer_all(run, task, options.batch_size, options.device, _say)
         write(run, answers, folder)
         print(report(run, answers))
         print(f"Tables, pictures and JSON: {folder}", flush=True)

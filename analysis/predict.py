@@ -5,14 +5,15 @@
 
 import argparse
 import glob
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.command import positive, status_of
-from utils.errors import UserError
+from analysis.command import positive
+from utils.errors import UserError, status_of
 
 if TYPE_CHECKING:
     from models import SavedNetwork
@@ -85,7 +86,7 @@ def image_files(named: Sequence[str]) -> list[Path]:
     """
     files = []
     for name in named:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             raise UserError(f"IMAGES: '{name}' is no file or folder, and no pattern that matches any; name image files.")

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from backbone.class_token import read_class_token_alone
+from backbone.class_token import read_all_tokens, read_class_token_alone
 from backbone.lora import merged_copy
 from backbone.pixels import PIXELS, load_pixels
 from backbone.vit import Identity, data_config, load_vit
@@ -51,7 +51,9 @@ class FrozenViT(nn.Module):
     def as_timm(self) -> nn.Module:
         """timm's own network with the same features, adapters merged; raises UserError where timm has none."""
         self.need_blocks("timm does not know it, so export the run as torchscript or onnx")
-        return merged_copy(self.vit)
+        vit = merged_copy(self.vit)
+        read_all_tokens(vit)
+        return vit
 
     def early_tokens(self, images: Tensor) -> Tensor:
         """Patch tokens `[b, n, d]` after the first sixth of the blocks: what an image looks like rather than what it shows."""

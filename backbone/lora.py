@@ -4,7 +4,6 @@ Shapes: L blocks, d width, r rank of the current adapter, R summed rank of the s
 p = 0 for q and 1 for v. METHOD.md sections 1 to 3 define the symbols.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from backbone.gated_linear import GatedQKV, Operands
 from backbone.gates import Gate, GumbelGate
-from backbone.vit import fused_qkv
+from backbone.vit import fused_qkv, merged_copy
 
 __all__ = ["AdapterBank", "GumbelGate", "frobenius_norm", "inject", "merged_copy"]
 
@@ -32,18 +31,6 @@ def inject(vit: nn.Module, name: str) -> list[GatedQKV]:
     for block, layer in zip(vit.blocks, layers, strict=True):
         block.attn.qkv = layer
     return layers
-
-
-def merged_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` in which every `GatedQKV` is again a plain linear, of the weight that is merged there."""
-    copied = copy.deepcopy(module)
-    for name, layer in list(copied.named_modules()):
-        if isinstance(layer, GatedQKV):
-            linear = nn.Linear(layer.weight.shape[1], len(layer.weight), bias=layer.bias is not None, device="meta")
-            linear.weight = nn.Parameter(layer.merged, requires_grad=False)
-            linear.bias = layer.bias
-            copied.set_submodule(name, linear)
-    return copied
 
 
 class AdapterBank(nn.Module):

@@ -50,6 +50,10 @@ class Cell(nn.Module):
         """Whether it has a router and descriptors."""
         return "router" in self.shapes
 
+    def size(self) -> int:
+        """Scalars of an adapter with its column of the router and its descriptor."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
     @torch.no_grad()
     def add(self, draw: torch.Generator) -> None:
         """A new adapter to train, which adds 0."""

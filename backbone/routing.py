@@ -17,7 +17,7 @@ _FLOOR = 1e-3  # of the mean variance: a statistic that hardly varies decides no
 
 
 class Moments(NamedTuple):
-    """The statistics of a key's images: their number, mean `[q]`, and scatter `[q, q]` about it, float64."""
+    """The statistics of a key's images: their number, mean `[q]`, and scatter `[q, q]` about it, as they are kept: float32."""
 
     count: int
     mean: Tensor
@@ -25,15 +25,16 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, count: int, total: Tensor, products: Tensor) -> "Moments":
-        """From the sum `[q]` of the statistics of `count` images and of their outer products `[q, q]`."""
+        """From the sum `[q]` of the statistics of `count` images and of their outer products `[q, q]`, both float64."""
         mean = total / count
-        return cls(count, mean, products - count * torch.outer(mean, mean))
+        return cls(count, mean.float(), (products - count * torch.outer(mean, mean)).float())
 
     def joined(self, other: "Moments") -> "Moments":
         """Those of the images of both (Chan, Golub & LeVeque, 1983)."""
-        count, apart = self.count + other.count, other.mean - self.mean
-        return Moments(count, self.mean + apart * (other.count / count),
-                       self.scatter + other.scatter + torch.outer(apart, apart) * (self.count * other.count / count))
+        count, mean = self.count + other.count, self.mean.double()
+        apart = other.mean.double() - mean
+        scatter = self.scatter.double() + other.scatter + torch.outer(apart, apart) * (self.count * other.count / count)
+        return Moments(count, (mean + apart * (other.count / count)).float(), scatter.float())
 
 
 class Router(nn.Module):
@@ -85,8 +86,10 @@ class Router(nn.Module):
         self.tasks = sorted(self.moments)
         keys = [self.moments[task] for task in self.tasks]
         size = self.means.shape[1]
-        within = sum(key.scatter for key in keys) / sum(key.count for key in keys)
-        covariances = torch.stack([(key.scatter + PRIOR * size * within) / (key.count + PRIOR * size) for key in keys])
+        scatters = [key.scatter.double() for key in keys]
+        within = sum(scatters) / sum(key.count for key in keys)
+        covariances = torch.stack([(scatter + PRIOR * size * within) / (key.count + PRIOR * size)
+                                   for scatter, key in zip(scatters, keys, strict=True)])
         floor = _FLOOR * covariances.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float64).tiny
         covariances = covariances + floor[:, None, None] * torch.eye(size, dtype=torch.float64, device=within.device)
         self.means = torch.stack([key.mean for key in keys]).to(self.means)
@@ -95,14 +98,14 @@ class Router(nn.Module):
     # ---- what is stored
 
     def tensors(self) -> list[Tensor]:
-        """What is stored: the triangles of the factors, and the means."""
+        """What learning needs of the keys: means, and the triangles of the scatters, from which the factors are made."""
         rows, columns = torch.tril_indices(*self.factors.shape[1:])
-        return [self.means, self.factors[:, rows, columns]]
+        return [tensor for key in self.moments.values() for tensor in (key.mean, key.scatter[rows, columns])]
 
     def to_file(self) -> dict[str, Tensor]:
         """The tensors of `keys_task_<t>.safetensors`."""
-        means, triangles = self.tensors()
-        return {"tasks": torch.tensor(self.tasks), "means": means, "factors": triangles}
+        rows, columns = torch.tril_indices(*self.factors.shape[1:])
+        return {"tasks": torch.tensor(self.tasks), "means": self.means, "factors": self.factors[:, rows, columns]}
 
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         """The router whose `to_file` gave `tensors`."""

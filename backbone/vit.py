@@ -1,6 +1,7 @@
 """The frozen ViT: any timm vision transformer, its weights from the hub, the cache or a local file, and its identity."""
 
 import argparse
+import copy
 import hashlib
 import logging
 import pickle
@@ -70,6 +71,19 @@ def fused_qkv(vit: nn.Module, name: str) -> list[nn.Linear]:
         raise UserError(f"backbone_type: '{name}' has no fused attn.qkv linear in each of its blocks; choose a timm vision "
                         "transformer that has, such as 'vit_base_patch16_224'.")
     return linears
+
+
+def merged_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` in which every layer that stands in for a fused `attn.qkv` linear, and has adapters `merged` into its
+    weight, is again a plain linear of that weight."""
+    copied = copy.deepcopy(module)
+    for name, layer in list(copied.named_modules()):
+        if isinstance(merged := getattr(layer, "merged", None), Tensor):
+            linear = nn.Linear(merged.shape[1], len(merged), bias=layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(merged, requires_grad=False)
+            linear.bias = layer.bias
+            copied.set_submodule(name, linear)
+    return copied
 
 
 def data_config(vit: nn.Module) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:

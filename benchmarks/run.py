@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from analysis.command import positive
 from benchmarks.common import GENERATED, generated_dataset, record_of, register, table, write_record
 from benchmarks.timed_run import TimedRun
 from utils.config import config_from_dict
+from utils.errors import UserError, status_of
 from utils.runs.runtime import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +26,12 @@ TEST_SHARE = 5  # training images per test image, as in CIFAR-100
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tasks", type=int, default=10, help="tasks that the classes are cut into")
-    parser.add_argument("--classes", type=int, default=100, help="classes, a multiple of the tasks")
-    parser.add_argument("--images", type=int, default=50_000, help="training images in all; a fifth as many test images")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs per task")
-    parser.add_argument("--batch", type=int, default=128, help="images per step")
-    parser.add_argument("--rank", type=int, default=10, help="rank of every adapter")
+    parser.add_argument("--tasks", type=positive, default=10, help="tasks that the classes are cut into")
+    parser.add_argument("--classes", type=positive, default=100, help="classes, a multiple of the tasks")
+    parser.add_argument("--images", type=positive, default=50_000, help="training images in all; a fifth as many test images")
+    parser.add_argument("--epochs", type=positive, default=20, help="epochs per task")
+    parser.add_argument("--batch", type=positive, default=128, help="images per step")
+    parser.add_argument("--rank", type=positive, default=10, help="rank of every adapter")
     parser.add_argument("--gate", default="gumbel_sparsemax",
                         choices=["gumbel_sparsemax", "gumbel_softmax", "sparsemax", "none"])
     parser.add_argument("--backbone", default="vit_base_patch16_224", help="timm name; weights are random")
@@ -42,8 +44,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def timed_stream(options: argparse.Namespace) -> TimedRun:
-    """Trains the stream of `options`, all adapters kept, and returns the finished run."""
+    """Trains the stream of `options`, all adapters kept, and returns the finished run; raises UserError."""
     classes, tasks = options.classes, options.tasks
+    if classes % tasks:
+        raise UserError(f"--classes: {classes} is no multiple of --tasks {tasks}; choose one that is.")
     per_class = max(1, options.images // classes)
     register(generated_dataset(classes, per_class, max(1, per_class // TEST_SHARE), size=32))
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
@@ -70,16 +74,19 @@ def report(run: TimedRun) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains, prints and writes."""
+    """Trains, prints and writes; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    run = timed_stream(options)
-    figures = report(run)
-    rows = [[part, seconds, 100 * seconds / figures["seconds"]] for part, seconds in figures["parts"].items()]
-    print(table(["part", "seconds", "percent"], [*rows, ["all", figures["seconds"], 100.0]]))
-    print(f"median step of the last task over the first task's: {figures['tasks'][-1]['over_first']:.3f}", flush=True)
-    settings = {**vars(options), "output": str(options.output)}
-    write_record(options.output, {**record_of(run.device, "benchmarks.run", settings), **figures})
-    return 0
+
+    def work() -> None:
+        run = timed_stream(options)
+        figures = report(run)
+        rows = [[part, seconds, 100 * seconds / figures["seconds"]] for part, seconds in figures["parts"].items()]
+        print(table(["part", "seconds", "percent"], [*rows, ["all", figures["seconds"], 100.0]]))
+        print(f"median step of the last task over the first task's: {figures['tasks'][-1]['over_first']:.3f}", flush=True)
+        settings = {**vars(options), "output": str(options.output)}
+        write_record(options.output, {**record_of(run.device, "benchmarks.run", settings), **figures})
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

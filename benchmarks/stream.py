@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from analysis.command import positive
 from backbone import create_backbone
 from backbone.embedded import EMBEDDED
 from benchmarks.common import GENERATED, generated_dataset, record_of, register, table, write_record
 from benchmarks.timed_run import TimedRun
 from utils.config import Config, config_from_dict
+from utils.errors import status_of
 from utils.runs.runtime import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,11 +30,11 @@ CLASSES = 2  # per task
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream", description=__doc__.partition("\n")[0])
-    parser.add_argument("--tasks", type=int, default=200, help="tasks of two classes")
-    parser.add_argument("--images", type=int, default=64, help="training images per class; one test image each")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs per task")
-    parser.add_argument("--batch", type=int, default=32, help="images per step")
-    parser.add_argument("--rank", type=int, default=4, help="rank of every adapter; 200 of rank 4 are six widths of 128")
+    parser.add_argument("--tasks", type=positive, default=200, help="tasks of two classes")
+    parser.add_argument("--images", type=positive, default=64, help="training images per class; one test image each")
+    parser.add_argument("--epochs", type=positive, default=4, help="epochs per task")
+    parser.add_argument("--batch", type=positive, default=32, help="images per step")
+    parser.add_argument("--rank", type=positive, default=4, help="rank of every adapter; 200 of rank 4 are six widths of 128")
     parser.add_argument("--gate", default="gumbel_sparsemax",
                         choices=["gumbel_sparsemax", "gumbel_softmax", "sparsemax", "none"],
                         help="with all but the sparsemax gates every adapter has a part in every step")
@@ -75,32 +77,35 @@ class PacedRun(TimedRun):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains, prints and writes."""
+    """Trains, prints and writes; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
     options = parse(arguments)
-    register(generated_dataset(CLASSES * options.tasks, options.images, 1, size=32))
-    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        config = config_from_dict({
-            "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": options.backbone,
-            "pretrained": False, "device": [options.device], "rank": options.rank, "gate": options.gate,
-            "growth_rule": "none", "init_epoch": options.epochs, "epochs": options.epochs, "batch_size": options.batch,
-            "init_lr": 1e-3, "lrate": 1e-3, "eval_every": 0, "filepath": folder})
-        run = PacedRun(config, config.seed[0], Path(folder), pick_device(config.device)[0])
-        run.finish()
-    rows = run.tasks()
-    shown = [rows[i] for i in sorted({round(k * (len(rows) - 1) / 10) for k in range(11)})]
-    names = {"task": "task", "step_seconds": "s/step", "floor_seconds": "floor, s/step", "step_over_floor": "step / floor",
-             "over_first": "over the first task"}
-    print(table(list(names.values()), [[row[name] for name in names] for row in shown]))
-    over = sorted(row["over_first"] for row in rows)
-    within = sum(value <= 1.15 for value in over)
-    figures = {"tasks": rows, "median_over_first": statistics.median(over), "largest_over_first": over[-1],
-               "tasks_within_15_percent": within, "last_tenth_over_first_tenth": _tenths(rows)}
-    print(f"over the first task's step: median {figures['median_over_first']:.3f}, largest {over[-1]:.3f}; {within} of "
-          f"{len(over)} tasks within 15 percent; last tenth of the stream over its first "
-          f"{figures['last_tenth_over_first_tenth']:.3f}", flush=True)
-    settings = {**vars(options), "output": str(options.output)}
-    write_record(options.output, {**record_of(run.device, "benchmarks.stream", settings), **figures})
-    return 0
+
+    def work() -> None:
+        register(generated_dataset(CLASSES * options.tasks, options.images, 1, size=32))
+        with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            config = config_from_dict({
+                "dataset": GENERATED, "init_cls": CLASSES, "increment": CLASSES, "backbone_type": options.backbone,
+                "pretrained": False, "device": [options.device], "rank": options.rank, "gate": options.gate,
+                "growth_rule": "none", "init_epoch": options.epochs, "epochs": options.epochs, "batch_size": options.batch,
+                "init_lr": 1e-3, "lrate": 1e-3, "eval_every": 0, "filepath": folder})
+            run = PacedRun(config, config.seed[0], Path(folder), pick_device(config.device)[0])
+            run.finish()
+        rows = run.tasks()
+        shown = [rows[i] for i in sorted({round(k * (len(rows) - 1) / 10) for k in range(11)})]
+        names = {"task": "task", "step_seconds": "s/step", "floor_seconds": "floor, s/step", "step_over_floor": "step / floor",
+                 "over_first": "over the first task"}
+        print(table(list(names.values()), [[row[name] for name in names] for row in shown]))
+        over = sorted(row["over_first"] for row in rows)
+        within = sum(value <= 1.15 for value in over)
+        figures = {"tasks": rows, "median_over_first": statistics.median(over), "largest_over_first": over[-1],
+                   "tasks_within_15_percent": within, "last_tenth_over_first_tenth": _tenths(rows)}
+        print(f"over the first task's step: median {figures['median_over_first']:.3f}, largest {over[-1]:.3f}; {within} of "
+              f"{len(over)} tasks within 15 percent; last tenth of the stream over its first "
+              f"{figures['last_tenth_over_first_tenth']:.3f}", flush=True)
+        settings = {**vars(options), "output": str(options.output)}
+        write_record(options.output, {**record_of(run.device, "benchmarks.stream", settings), **figures})
+
+    return status_of(work)
 
 
 def _tenths(rows: list[dict[str, float]]) -> float:

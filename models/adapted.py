@@ -143,9 +143,13 @@ class ContinuedLearner(BottleneckLearner):
             self.bank.go_on()
 
     @torch.no_grad()
+    def represent(self, images: Tensor) -> Tensor:
+        """While a task is trained, with its adapter alone."""
+        return self.embed(images) if self.head.training_rows else self.network(images)
+
+    @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """While a task is trained, by its adapter alone."""
-        return self.head(self.embed(images) if self.head.training_rows else self.network(images))
+        return self.head(self.represent(images))
 
 
 class FirstTaskLearner(BottleneckLearner):
@@ -198,7 +202,6 @@ class SideBySide(nn.Module):
 def saved_network(saved: SavedRun, networks: Callable[[int], Sequence[int | None]], adapters: int) -> SideBySide:
     """The network that the head of a run reads, with the adapters that its first tasks have saved."""
     backbone = saved.backbone()
-    backbone.read_class_token_alone()  # as the learner's, whose bits otherwise hang on how many images go through it at once
     bank = bank_on(backbone, saved.config)
     for task in range(adapters):
         bank.store(Bottleneck(**saved.tensors(f"adapter_task_{task}.safetensors")))

@@ -76,10 +76,11 @@ class SavedRun:
     """The files of a run after `task` (default: the newest), each handed out only if it is, to the bit, what the run wrote.
 
     Raises UserError for a folder without a run, and a task that it has not finished. config, seed: those of the run.
+    class_token_alone: whether the learner of the run has read its backbone so.
     """
 
-    def __init__(self, folder: str | Path, task: int | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, task: int | None = None, class_token_alone: bool = False) -> None:
+        self.folder, self._class_token_alone = Path(folder), class_token_alone
         self.result: dict[str, Any] = read_sealed_json(_existing(self.folder / "results.json", "name the folder of a run"))
         tasks = self.result["tasks"]
         self.task = task = len(tasks) - 1 if task is None else task
@@ -137,13 +138,15 @@ class SavedRun:
         if backbone.identity.sha256 != self.result["backbone"]["sha256"]:
             raise UserError(f"{self.folder}: the backbone that was loaded has other weights than "
                             f"'{self.config.backbone_type}' had in the run; put the run's weights where they were.")
+        if self._class_token_alone:  # else the last bits of a handful of images would be others than the run's
+            backbone.read_class_token_alone()
         return backbone
 
     def head(self, width: int) -> nn.Module:
         """The head of the task, for features of `width`."""
         with safe_open(self.file(f"head_task_{self.task}.safetensors"), framework="pt") as file:
             kind = (file.metadata() or {}).get("head", "linear")
-            head = HEADS[kind](width, HEADS[kind].Keys(), self.seed)  # the file says all that its prediction rests on
+            head = HEADS[kind].unfilled(width, self.seed)
             head.from_file({name: file.get_tensor(name) for name in file.keys()})
         return head
 

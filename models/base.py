@@ -160,7 +160,7 @@ class BaseLearner(Component, ABC):
         Raises UserError if a file is missing or not, to the bit, what the run wrote, if the backbone's weights are not those
         of the run, or if what comes out is another network than the one that the run evaluated.
         """
-        saved = SavedRun(folder, task)
+        saved = SavedRun(folder, task, cls.reads_class_token_alone)
         network = cls.rebuild(saved)
         saved.check(network)
         return network

@@ -80,7 +80,7 @@ class SubspaceHead(TaskMeansHead):
 
     def forward(self, features: Tensor) -> Tensor:
         parts = F.normalize(features.unflatten(1, (-1, self.width)), dim=2)  # (48, 7680) -> (48, 10, 768)
-        logits = parts[:, :len(self.known)].flatten(1) @ self.readout.to(features.dtype).T  # (48, 7680) @ (7680, 100)
+        logits = parts[:, :len(self.known)].flatten(1) @ self.readout.to(features).T  # (48, 7680) @ (7680, 100)
         if self.training_rows:
             logits = torch.cat([logits, parts[:, -1] @ F.normalize(self.new_weight).T], 1)
         return logits if self.classes is None else logits.unflatten(1, (-1, self.classes)).amax(1)

@@ -1,7 +1,7 @@
 """Conditional growth: which adapters stay after a task (METHOD.md, section 2, equation 4). One class per rule."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Decision:
     reasons: dict[int, str]
     value: float | None = None
     refit: bool = True
+    absorbed: Tensor | None = None  # [n - 1, L, 2], by which the magnitudes of the older adapters grow
 
 
 class Rule(Component):
@@ -168,15 +169,16 @@ class Residual(Rule):
     def decide(cls, config: Config, grounds: Grounds) -> Decision:
         """The magnitude of a dropped adapter goes to the earlier ones, in the proportions of the combination (METHOD.md,
         section 4)."""
-        bank, largest = grounds.bank, None
+        bank, largest, absorbed = grounds.bank, None, None
         if len(bank.tasks) > 1:
             coefficients, residual = combination_of_stored(bank)
             largest = residual.max().item()
             if not largest > config.kd_residual:
                 magnitude = bank.magnitudes()[-1].detach() * frobenius_norm(bank.new_A, bank.new_B)
-                bank.absorbed[:-1] += (coefficients * magnitude).to(bank.absorbed)
-        return _compared(bank, "residual", largest, "kd_residual", config.kd_residual, ".{}e",
-                         largest is not None and largest > config.kd_residual, refit=False)
+                absorbed = (coefficients * magnitude).cpu()
+        kept = largest is not None and largest > config.kd_residual
+        return replace(_compared(bank, "residual", largest, "kd_residual", config.kd_residual, ".{}e", kept),
+                       refit=False, absorbed=absorbed)
 
 
 class Chance(Rule):
@@ -236,14 +238,14 @@ def combination_of_stored(bank: AdapterBank) -> tuple[Tensor, Tensor]:
 
 
 def _compared(bank: AdapterBank, quantity: str, value: float | None, name: str, limit: float, style: str, kept: bool,
-              is_beta: bool = False, refit: bool = True) -> Decision:
+              is_beta: bool = False) -> Decision:
     """The decision of a rule that holds a number of the newcomer against a limit. Task 0 stays whatever its numbers say: no
     comparison is then shown that did not decide."""
     shown, bound = _digits(value, limit, style)
     first = bank.current == 0
     reason = f"{quantity}={shown} {'>' if kept else '<='} {bound}" if kept or not first else "task 0 is always kept"
     criterion = f"{name}: {bound}" if is_beta else f"{quantity}: {shown}, {name}: {bound}"
-    return Decision(_with_current(bank, kept), criterion, {bank.current: reason}, value, refit)
+    return Decision(_with_current(bank, kept), criterion, {bank.current: reason}, value)
 
 
 def _digits(value: float | None, limit: float, style: str) -> tuple[str, str]:

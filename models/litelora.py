@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from backbone.gates import Gate
 from models.artifacts import SavedNetwork, SavedRun
 from models.growth import Decision, Grounds, Rule, Threshold
-from models.optimisation import learning_rate, optimizer_of
+from models.optimisation import learning_rate, optimizer_of, too_many_parts
 from models.recipes.base import AlphaKeys, Recipe
 from models.rows import RowFit
 from models.sdlora import AdapterKeys, SDLoRA
@@ -219,7 +219,7 @@ class LiteLoRA(SDLoRA):
 
     @classmethod
     def contradictions(cls, config: Config) -> Iterator[str]:
-        return iter(())
+        return too_many_parts(config)  # it reads no `min_lr`
 
     @classmethod
     def warnings(cls, config: Config) -> list[str]:

@@ -101,6 +101,11 @@ def contradictions(config: Config) -> Iterator[str]:
     lowest = min(rates, key=rates.get)
     if config.scheduler == "cosine" and config.min_lr > rates[lowest]:
         yield above(config, "min_lr", lowest, 'a learning rate of scheduler "cosine" can only fall')
+    yield from too_many_parts(config)
+
+
+def too_many_parts(config: Config) -> Iterator[str]:
+    """The same of `grad_accum` alone."""
     if config.grad_accum > config.batch_size:
         yield above(config, "grad_accum", "batch_size", "each part of a batch needs at least one image")
 
@@ -182,5 +187,5 @@ def schedule_factor(config: Config, task: int, epoch: float) -> float:
 
 
 def quarter(epochs: int, epoch: float) -> float:
-    """Learning rate of `epoch` over the initial one: from 1 to `cos(0.495 pi)`."""
-    return math.cos(0.495 * math.pi * epoch / (epochs - 1)) if epochs > 1 else 1.0
+    """Learning rate of `epoch` over the initial one: from 1 to `cos(0.495 pi)` in the last epoch, and so after it."""
+    return math.cos(0.495 * math.pi * min(epoch / (epochs - 1), 1)) if epochs > 1 else 1.0

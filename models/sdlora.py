@@ -194,7 +194,10 @@ class SDLoRA(GradientLearner):
         main one's word counts."""
         self.decision_beta = beta_record(beta, self.bank.tasks, self.task)
         decision = self._conditional_growth_decision(beta)
-        return distributed.on_main(lambda: decision)
+        decision = distributed.on_main(lambda: decision)
+        if decision.absorbed is not None:
+            self.bank.absorbed[:-1] += decision.absorbed.to(self.bank.absorbed)
+        return decision
 
     def _conditional_growth_decision(self, beta: Tensor) -> Decision:
         grounds = Grounds(beta, self.bank, self._held_out_losses, self.seed, self.data.nb_tasks)

@@ -192,6 +192,11 @@ class SEMA(GradientLearner):
 
     # ---- what is left
 
+    def trainable_parameters(self) -> int:
+        """Of a later task as far as it has grown, whether or not that is still being trained."""
+        cells = self.bank.cells if self.task == 0 else [self.bank.cells[block] for block in self._grown]
+        return sum(cell.size() for cell in cells) + sum(part.numel() for part in self.head.trainable())
+
     def settle(self) -> None:
         self.bank.commit()
 

@@ -70,7 +70,7 @@ class _Listed:
 def _runs(study: Study, command: Sequence[str], dry_run: bool, overwrite: bool) -> list[str]:
     """Makes the runs of a study that is no search; what failed, a line each."""
     runs = study.runs()
-    states = [_state(run, overwrite and not dry_run) for run in runs]
+    states = [_state(run, overwrite) for run in runs]
     todo = [run for run, state in zip(runs, states, strict=True) if state != "finished"]
     jobs = min(study.jobs, len(todo))
     title = f"Study {study.name}: {len(runs)} runs in {study.filepath}, {len(runs) - len(todo)} finished"
@@ -134,9 +134,11 @@ def _search_in_jobs(study: Study, command: Sequence[str]) -> list[str]:
 
 
 def _state(run: StudyRun, overwrite: bool) -> str:
-    """"finished", "begun" or "to do"; raises UserError if the run's folder or record is of another config."""
+    """"finished", "begun" or "to do"; raises UserError if the run's folder or record is of another config, or is yet to be
+    made where nothing may be written."""
     if not overwrite and run.record():
         return "finished"
+    run_folder.check_place(run.folder)
     return "begun" if not overwrite and (run.folder / "config.json").exists() else "to do"
 
 

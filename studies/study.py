@@ -23,7 +23,7 @@ from studies.space import Space, read_space
 from utils.config import Config, command_line_changes, config_from_dict
 from utils.config.rules import as_list, escaped
 from utils.data import DATASETS
-from utils.errors import UserError, unknown
+from utils.errors import UserError, status_of, unknown
 from utils.runs import folder as run_folder
 from utils.runs.files import read_sealed_json, write_sealed_json
 
@@ -64,7 +64,7 @@ class StudyRun:
 
     def own_record(self) -> dict[str, Any] | None:
         """The finished record in the run's folder; raises UserError if that folder belongs to another config."""
-        run_folder.check_owner(self.folder, self.config)
+        run_folder.check_config(self.folder, self.config)
         return run_folder.finished_result(self.folder)
 
     def committed_record(self) -> dict[str, Any] | None:
@@ -260,14 +260,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", nargs="+", type=int, metavar="N", help="as the study was run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="as it was run")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         if not is_study(options.study):
             raise UserError(f"{options.study}: this is a config, not a study (it has no 'base').")
         print(load_study(options.study, options.overrides, seed=options.seed).collect())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def config_file(folder: Path, name: str, **changes: Any) -> str:
 def files(folder: Path) -> list[dict[str, Any]]:
     result = json.loads((folder / "run" / "results.json").read_text())
     assert result["finished"] and not list((folder / "run").glob("*.ckpt"))
-    return [{key: task[key] for key in ("files", "counts", "probe", "kept")} for task in result["tasks"]]
+    keys = ("files", "counts", "probe", "kept", "trainable_parameters")
+    return [{key: task[key] for key in keys} for task in result["tasks"]]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
+import trainer
 from backbone.heads import HEADS
 from main import main
 from models import LEARNERS, load_network
@@ -35,8 +36,9 @@ from tests.tiny_backbone import BLOCKS, TINY, WIDTH
 from utils.data_manager import DataManager
 from utils.results.calibration import Calibration
 from utils.results.metrics import ClassCounts, TaskCounts, count_predictions, summary, tally_classes
+from utils.runs import distributed
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.progress import LOGGER
+from utils.runs.progress import LOGGER, Progress
 
 
 def write_config(folder: Path, **changes) -> Path:
@@ -47,6 +49,20 @@ def write_config(folder: Path, **changes) -> Path:
 
 def refused(capsys, *arguments: str) -> str:
     return refusal(main, capsys, *arguments)
+
+
+def test_a_checkpoint_is_due_for_all_processes_or_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock of any of them: they write it together."""
+    written = []
+    run = trainer.Run(tiny_config(), 1993, Path("unused"), torch.device("cpu"))
+    run.progress = Progress(1, terminal=False)
+    monkeypatch.setattr(run, "_checkpoint", lambda: written.append(run.checkpoint_written))
+    for others in (0, 1):
+        monkeypatch.setattr(distributed, "largest", lambda mine, signal, theirs=others: [max(mine, theirs), signal])
+        run.work("looking", 0, 1, whole=True)
+        run.work("looking", 0, 1)
+        run.after_step()
+        assert len(written) == 2 * others, "work that is no state to go on from is none of the two"
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +201,25 @@ def test_a_folder_of_another_config_is_refused(run: Path, capsys) -> None:
     assert main(["--config", str(path), "--device", "cpu", "--set", "prefix=other", "--set", "num_workers=1"]) == 0
 
 
+@pytest.mark.parametrize("left", ["results.json", "checkpoint_1.ckpt"])
+def test_what_a_run_of_another_config_has_left_is_not_taken_for_this_one_s(left: str, run: Path, tmp_path: Path,
+                                                                         capsys) -> None:
+    """Also where its config.json has gone."""
+    path = write_config(tmp_path, rank=3)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / left).write_bytes((run / "results.json").read_bytes())
+    message = refused(capsys, "--config", str(path))
+    assert ("rank (there" if left == "results.json" else "without its config.json") in message
+    assert [each.name for each in (tmp_path / "run").iterdir()] == [left]
+    assert main(["--config", str(path), "--overwrite", "--dry-run"]) == 0
+
+
+def test_the_folder_that_the_user_is_in_is_not_set_aside(tmp_path: Path, capsys, monkeypatch) -> None:
+    path = write_config(tmp_path, filepath=".")
+    monkeypatch.chdir(tmp_path)
+    assert "is the folder that you are in" in refused(capsys, "--config", str(path), "--overwrite")
+
+
 def test_overwrite_moves_the_old_run_aside(tmp_path: Path, capsys) -> None:
     path = write_config(tmp_path, nb_tasks=1)
     assert main(["--config", str(path)]) == 0
@@ -315,6 +350,8 @@ def test_out_of_memory_names_the_key_that_helps(tmp_path: Path, capsys, monkeypa
 
     monkeypatch.setattr(SDLoRA, "before_step", no_room)
     assert "grad_accum" in refused(capsys, "--config", str(write_config(tmp_path)))
+    monkeypatch.setattr(SDLoRA, "make_room", no_room)
+    assert "before training has begun" in refused(capsys, "--config", str(write_config(tmp_path)), "--dry-run", "--overwrite")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ drawings (openmoji, CC-BY-SA 4.0), and Fluent (@lobehub/fluent-emoji-3d, MIT) dr
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.emoji import ALIKE, FILE, PACKAGES, SIZE, STYLES
-from utils.errors import UserError
+from utils.errors import UserError, status_of
 from utils.rng import uniforms
 from utils.runs.files import write_bytes
 
@@ -47,19 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help=f"unpacked npm packages, or a folder in which they lie: {', '.join(PACKAGES)}")
     parser.add_argument("--data-path", type=Path, default=Path("data"), help="where the file goes (default: data)")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         packages = find_packages(options.folders)
         concepts = read_concepts(packages)
         test = test_concepts(concepts)
-        path = write(concepts, test, packages, options.data_path.expanduser())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    classes = Counter(concept.subcategory for concept in concepts)
-    print(f"{path}: {len(concepts) * len(STYLES)} images of {len(concepts)} concepts in {len(classes)} classes and "
-          f"{len(STYLES)} styles; {int(test.sum())} concepts are for testing; a class has {min(classes.values())} to "
-          f"{max(classes.values())} concepts")
-    return 0
+        path = write(concepts, test, packages, Path(os.path.expanduser(options.data_path)))
+        classes = Counter(concept.subcategory for concept in concepts)
+        print(f"{path}: {len(concepts) * len(STYLES)} images of {len(concepts)} concepts in {len(classes)} classes and "
+              f"{len(STYLES)} styles; {int(test.sum())} concepts are for testing; a class has {min(classes.values())} to "
+              f"{max(classes.values())} concepts")
+
+    return status_of(work)
 
 
 def find_packages(folders: Sequence[Path]) -> dict[str, Path]:

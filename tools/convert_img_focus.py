@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, status_of
 from utils.runs.files import write_bytes
 
 NAME = "vit_small_patch14_dinov2"
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, help="vit_s_focus.onnx (default: the installed package's)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"the file to write (default: {OUT})")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         model = read_onnx(options.file or _installed())
         state = convert(model)
         vit = timm.create_model(NAME, num_classes=0).eval()
@@ -52,19 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         differences = compare(model, vit)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(options.out, save(state))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --out: '{options.out}' cannot be written ({error.strerror}); choose another file.", file=sys.stderr)
-        return 2
-    if differences is None:
-        print("onnxruntime is not installed (`pip install onnxruntime`): the features were not compared with the original's.")
-    else:
-        print(f"largest difference from ONNX Runtime after each of {len(differences)} blocks at {_SIZE} pixels: "
-              f"{', '.join(f'{each:.1e}' for each in differences)}")
-    print(f"{options.out}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {NAME}")
-    return 0
+        if differences is None:
+            print("onnxruntime is not installed (`pip install onnxruntime`): the features were not compared with the "
+                  "original's.")
+        else:
+            print(f"largest difference from ONNX Runtime after each of {len(differences)} blocks at {_SIZE} pixels: "
+                  f"{', '.join(f'{each:.1e}' for each in differences)}")
+        print(f"{options.out}: {sum(tensor.numel() for tensor in state.values()):,} parameters of {NAME}")
+
+    return status_of(work)
 
 
 def read_onnx(path: Path) -> Any:

@@ -28,7 +28,7 @@ from torch.nn import functional
 from backbone.embedded import EMBEDDED, WEIGHTS
 from utils.data.digits import load_digits
 from utils.data.glyphs import CHARACTERS, FACES, TEST_FACES, TEST_PER_FACE, TRAIN_FACES, drawing, has, load_glyphs, render
-from utils.errors import UserError
+from utils.errors import UserError, status_of
 from utils.rng import generator, stream_seed
 
 Images = tuple[torch.Tensor, np.ndarray]  # uint8 [n, 3, 32, 32] and labels int64 [n]
@@ -253,7 +253,12 @@ def evaluate(path: Path, finetune: bool, seed: int) -> None:
         raise UserError(message) from error
     print(f"accuracy on unseen faces: {metadata.get('accuracy_on_unseen_faces', 'not recorded')} %")
     load = partial(timm.create_model, EMBEDDED, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
-    report(load())
+    try:
+        model = load()
+    except RuntimeError as error:  # other names or shapes
+        raise UserError(f"--out: {path} holds other weights than those of {EMBEDDED}; name a file that this tool made."
+                        ) from error
+    report(model)
     if finetune:
         train_images, train_labels, images, labels, names = load_glyphs()
         model = load(num_classes=len(names))
@@ -293,16 +298,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     torch.set_num_threads(1)  # sums, and so the last bits of the file, depend on the number of threads
-    try:
+
+    def work() -> None:
         options = _options(argv)
         if options.evaluate:
             evaluate(options.out, options.finetune, options.seed)
         else:
             make(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return status_of(work)
 
 
 if __name__ == "__main__":

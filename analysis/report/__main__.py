@@ -9,8 +9,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from analysis.command import status_of
-from analysis.compare import DEFAULT_BASELINE, labels_of, read_streams
+from analysis.command import add_runs
+from analysis.compare import DEFAULT_BASELINE, MARGIN, labels_of, read_streams
+from utils.errors import status_of
 
 OUTPUT = Path("report.html")
 
@@ -24,22 +25,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m analysis.report runs/quickstart -o report.html\n"
                "  python -m analysis.report exps/studies/routed_domains.json --baseline sdlora -o report.html")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_STUDY",
-                        help="a results.json, a folder with runs anywhere below it, or a study file")
+    add_runs(parser)
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, metavar="FILE",
                         help=f"where to write the page (default: {OUTPUT}); an older report is replaced")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is something else than a report")
     parser.add_argument("--baseline", metavar="NAME",
                         help=f"the method that the others are compared with (default: {DEFAULT_BASELINE} if it is there, else "
                              "the first)")
-    parser.add_argument("--margin", type=float, default=0.5, metavar="POINTS",
-                        help='points of accuracy up to which a method is "no worse" or "equal" (default: 0.5)')
-    parser.add_argument("--label", action="append", default=[], metavar="PATH=NAME",
-                        help="call the runs at or below PATH by this NAME instead of their folder's; repeatable")
+    parser.add_argument("--margin", type=float, default=MARGIN, metavar="POINTS",
+                        help=f'points of accuracy up to which a method is "no worse" or "equal" (default: {MARGIN})')
     return parser.parse_args(arguments)
 
 
-def report(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = None, margin: float = 0.5,
+def report(paths: Sequence[Path], output: Path = OUTPUT, baseline: str | None = None, margin: float = MARGIN,
            labels: Mapping[Path, str] | None = None, overwrite: bool = False,
            command: str = "analysis.report.__main__.report") -> None:
     """Writes the page about the runs at `paths` to `output`.

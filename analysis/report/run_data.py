@@ -5,8 +5,9 @@ Shapes: `T` tasks recorded, `K` tasks of the stream (more than `T` where all wer
 
 import json
 import os
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -85,12 +86,17 @@ def _text(value: Any) -> str:
 
 
 def _task_sizes(result: Mapping[str, Any]) -> list[int]:
-    """New classes of every task of the stream, also where the method learned them all at once."""
+    """New classes of every task of the stream, also where the method learned them all at once: a task then has those that its
+    test images are of, or, in an older record that does not count them by class, its part of an even cut."""
     entries, config = result["tasks"], result["config"]
-    count, seen = len(entries[-1]["counts"]["images"]), entries[-1]["seen_classes"]
-    if count == len(entries):
-        return [after - before for before, after in pairwise([0, *(entry["seen_classes"] for entry in entries)])]
-    ends = [min(seen, config["init_cls"] + task * config["increment"]) for task in range(count)]
+    images, seen = entries[-1]["counts"]["images"], entries[-1]["seen_classes"]
+    if len(images) == len(entries):
+        ends = [entry["seen_classes"] for entry in entries]
+    elif counts := entries[-1].get("class_counts"):
+        of_classes = list(accumulate(map(sum, counts["predicted_task"])))
+        ends = [bisect(of_classes, total) for total in accumulate(images)]
+    else:
+        ends = [min(seen, config["init_cls"] + task * config["increment"]) for task in range(len(images))]
     return [after - before for before, after in pairwise([0, *ends])]
 
 

@@ -156,6 +156,11 @@ class GrowingHead(Component, nn.Module):
         weight, bias = self.rows()
         return {"weight": weight.float(), "bias": bias.float()}
 
+    @classmethod
+    def unfilled(cls, width: int, seed: int) -> "GrowingHead":
+        """A head that is to predict from what `from_file` gives it."""
+        return cls(width, cls.Keys(), seed)
+
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         """The head that predicts as the one did whose `to_file` gave `tensors`."""
         self.weight, self.bias = tensors["weight"], tensors["bias"]

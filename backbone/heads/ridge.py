@@ -149,6 +149,10 @@ class RidgeHead(GrowingHead):
     def to_file(self) -> dict[str, Tensor]:
         return {"weight": self.readout.float(), "projection": self.projection.float()}
 
+    @classmethod
+    def unfilled(cls, width: int, seed: int) -> "RidgeHead":
+        return cls(width, cls.Keys(ridge_dim=1), seed)  # the usual one's sums would take gigabytes, for nothing
+
     def from_file(self, tensors: dict[str, Tensor]) -> None:
         self.readout, self.projection = tensors["weight"], tensors["projection"]
         for name in ("gram", "cross", "held_gram", "held_cross"):  # a file has nothing to learn on from

@@ -211,6 +211,7 @@ def test_onnx_gives_the_logits_for_any_number_of_images(gated: Path, routed: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"pool_size": 4, "top_k": 2, "model_name": "l2p"}, {"model_name": "dualprompt"},
                                      {"model_name": "codaprompt"}, {"model_name": "litelora"},
+                                     {"model_name": "inflora"},
                                      {"model_name": "joint"}, {"model_name": "finetune_head"}, {"gate": "none"}],
                          ids=lambda changes: next(reversed(changes.values())))
 def test_every_method_as_far_as_a_format_expresses_it(changes: dict[str, Any], tmp_path: Path, monkeypatch) -> None:

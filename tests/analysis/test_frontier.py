@@ -11,6 +11,7 @@ from analysis.frontier import draw, main, read_frontiers, table, verdict
 from studies.study import load_study
 from tests.helpers import SMALL, save, varied
 from utils.errors import UserError
+from utils.runs.files import read_sealed_json, write_sealed_json
 
 SEEDS = (1993, 1994, 1995)
 # variant, its threshold -> adapters at the end and last accuracy of every seed
@@ -66,6 +67,16 @@ def test_page_and_picture_are_written(study: Path, tmp_path: Path, capsys) -> No
     assert (tmp_path / "out" / "frontier.md").read_text() in printed and "other minus row, last" in printed
     with Image.open(tmp_path / "out" / "frontier.png") as picture:
         assert picture.width > 1000
+
+
+def test_a_method_without_average_accuracy_is_in_the_other_panel(study: Path, tmp_path: Path) -> None:
+    for run in load_study(study).runs():
+        if run.variant == "all":
+            record = read_sealed_json(run.folder / "results.json")
+            record["metrics"]["average_accuracy"] = None
+            write_sealed_json(run.folder / "results.json", record)
+    page, files = draw(study, tmp_path / "out")
+    assert len(files) == 2 and "| all" in page.replace("`", "")
 
 
 def test_what_is_not_finished_is_said_and_left_out(study: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from backbone import create_backbone
@@ -64,6 +65,17 @@ def test_networks_that_read_other_tokens_stay_as_they_are(name: str, options: di
     assert name.startswith("deit") or options or vit.global_pool != "token"
     assert not any(isinstance(block, ClassTokenBlock) for block in short.blocks)
     assert torch.equal(vit(pixels(vit)), short(pixels(vit)))
+
+
+def test_timm_gets_its_own_block_back() -> None:
+    backbone = create_backbone(small_config(model_name="finetune_head"))
+    backbone.read_class_token_alone()
+    whole = backbone.as_timm()
+    assert type(whole.blocks[-1]) is Block and isinstance(backbone.vit.blocks[-1], ClassTokenBlock)
+    size = backbone.image_size
+    images = torch.rand(2, 3, size, size)
+    assert whole.forward_features(images).shape[1] > 1
+    torch.testing.assert_close(whole(images), backbone(images))
 
 
 @pytest.mark.parametrize("alone", [True, False])

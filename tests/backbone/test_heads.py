@@ -207,6 +207,11 @@ def test_a_penalty_that_is_too_small_is_one_sentence() -> None:
         fed(RidgeHead, features, labels, ridge_lambda=1e-300)
 
 
+def test_a_head_that_is_read_from_a_file_has_no_sums() -> None:
+    head = HEADS["ridge"].unfilled(768, 0)
+    assert max(tensor.numel() for tensor in head.buffers()) < 1000, "the usual ones have 6,144 squared"
+
+
 def test_linear_rows_answer_while_a_task_is_learned() -> None:
     features, labels = stream_of_features()
     head = fed(RidgeHead, features, labels)

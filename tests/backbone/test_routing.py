@@ -65,6 +65,12 @@ def test_joining_is_having_seen_the_images_of_both(router: Router) -> None:
         assert torch.allclose(mine, theirs)
 
 
+def test_what_is_counted_is_what_learning_goes_on_with(router: Router) -> None:
+    kept = [tensor for _, *tensors in router.state().values() for tensor in tensors]
+    lower = [tensor if tensor.ndim == 1 else tensor[torch.tril(torch.ones_like(tensor)) > 0] for tensor in kept]
+    assert [(t.numel(), t.dtype) for t in router.tensors()] == [(t.numel(), t.dtype) for t in lower]
+
+
 def test_file_and_state_give_the_same_router(router: Router) -> None:
     images = torch.cat([tokens_of(kind, 10, 90 + kind) for kind in range(3)])
     read = Router(WIDTH, seed=3)

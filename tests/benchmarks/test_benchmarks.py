@@ -227,6 +227,14 @@ def test_a_step_benchmark_without_warmup_is_refused(capsys) -> None:
     assert refused.value.code == 2 and "--warmup and --steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments, words", [(["--classes", "3", "--tasks", "2"], "--classes: 3 is no multiple of --tasks 2"),
+                                              (["--backbone", "nosuch"], "nosuch"), (["--device", "gpu"], "gpu")])
+def test_the_run_command_says_mistakes_in_one_sentence(arguments: list[str], words: str, capsys) -> None:
+    assert run.main(["--backbone", EMBEDDED, "--images", "200", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
 def test_the_run_command_accounts_for_all_of_the_time(tmp_path: Path, capsys) -> None:
     path = tmp_path / "run.json"
     assert run.main(["--backbone", EMBEDDED, "--tasks", "2", "--classes", "4", "--images", "24", "--epochs", "2",

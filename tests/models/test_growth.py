@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from models.growth import combination_of_stored
+from models.growth import Decision, combination_of_stored
 from tests.helpers import grown, in_float64, learner_of, logits, tiny_config
 from utils.errors import UserError
+from utils.runs import distributed
 
 
 def deciding(tasks: int = 1, **changes):
@@ -84,6 +85,13 @@ def test_kd_drops_a_direction_that_earlier_ones_span() -> None:
     learner.data.nb_tasks = 4
     bank.reset_magnitudes(0.8)
     assert bank.absorbed.abs().max() > 0, "and no reset takes it back"
+
+
+def test_kd_moves_magnitudes_on_the_main_process_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = deciding(1, gate="none", growth_rule="kd", kd_residual=1e9)
+    others_word = Decision([0, 1], "as it found", {1: "as it found"}, refit=False)
+    monkeypatch.setattr(distributed, "on_main", lambda work: others_word)
+    assert learner.end_task().kept and learner.bank.absorbed.abs().max() == 0
 
 
 @pytest.mark.parametrize("rule, kept", [("none", [0, 1, 2, 3]), ("first_k", [0, 1])])

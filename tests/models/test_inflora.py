@@ -136,6 +136,7 @@ def test_where_nothing_is_left_to_learn_in_a_has_rows_of_zero() -> None:
 def test_the_learning_rate_is_a_quarter_of_a_cosine() -> None:
     assert [quarter(5, epoch) for epoch in (0, 4)] == [1, pytest.approx(math.cos(0.495 * math.pi))]
     assert quarter(1, 0) == 1
+    assert quarter(5, 6) == quarter(5, 4), "rows that are fitted for longer are not trained uphill"
     learner = learner_of(small_config(model_name="inflora", epochs=3))
     assert learner.phases(1)[0].rate(2) == pytest.approx(0.0157, abs=1e-3) and learner.phases(1)[0].rate(0) == 1
 

@@ -72,13 +72,15 @@ def run(request, tmp_path_factory) -> trainer.Run:
 
 
 def test_the_saved_network_gives_the_logits_of_the_learner(run: trainer.Run) -> None:
-    """To the bit, and an image alone gets what it gets among others."""
+    """To the bit, however few images there are, and an image alone gets what it gets among others."""
     learner, network = run.learner, load_network(run.folder, run.learner.task)
     images = test_images(learner, 33)
     learner.start_evaluation()
     expected = learner.predict(images)
     assert torch.equal(network(images), expected) and expected.shape == (33, 4)
     assert expected.std(0).min() > 0, "logits differ from image to image"
+    for count in range(1, 4):
+        assert torch.equal(network(images[:count]), learner.predict(images[:count])), count
     torch.testing.assert_close(network(images[:1]), expected[:1], rtol=1e-4, atol=1e-4)
 
 

@@ -354,7 +354,8 @@ def test_alpha_epochs_fall_back_to_those_of_later_tasks() -> None:
     ({"batch_size_p2": 0}, "batch_size_p2"), ({"beta_lr": -0.1}, "beta_lr"), ({"lambda_sparsity": -1}, "lambda_sparsity"),
     ({"init_logit": "high"}, "init_logit"), ({"init_alpha": 0}, "init_alpha"), ({"growth_threshold": 1.5}, "growth_threshold"),
     ({"gate": "evidence"}, "gate"), ({"growth_rule": "topk"}, "growth_rule"), ({"order_seed": -1}, "order_seed"),
-    ({"order_seed": [1, 2]}, "order_seed"), ({"alpha_optimizer": "lion"}, "alpha_optimizer")])
+    ({"order_seed": [1, 2]}, "order_seed"), ({"grad_accum": 65}, "grad_accum"),
+    ({"alpha_optimizer": "lion"}, "alpha_optimizer")])
 def test_bad_values_are_refused_by_name(change: dict, named: str) -> None:
     with pytest.raises(UserError, match=f"'{named}'"):
         small_config(**change)

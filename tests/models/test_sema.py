@@ -154,6 +154,9 @@ def test_what_is_new_grows_the_shallowest_block_first_and_leaves_the_rest_alone(
     before = [{name: part[0].clone() for name, part in cell.named_buffers() if len(part)} for cell in learner.bank.cells]
     learner.begin_task(1)
     learner.train()
+    last = learner.bank.cells[5]
+    adapter = sum(part[0].numel() for name, part in last.named_buffers() if name in last.shapes)
+    assert learner.trainable_parameters() == 2 * adapter + 2 * 129, "what has grown, and the rows"
     assert learner._grown == GROWING and learner.epochs() == 4 and learner.steps_done() == 4 * 2
     learner.end_task()
     assert [len(cell) for cell in learner.bank.cells] == [1, 1, 1, 1, 2, 2]

@@ -58,7 +58,8 @@ def test_the_reference_is_the_network_before_anything_was_put_into_it() -> None:
         torch.testing.assert_close(reference.represent(x), plain(x))
 
 
-@pytest.mark.parametrize("name, changes", [("sdlora", {}), ("sdlora", ROUTED), ("ease", {}), ("aper", {}), ("l2p", {})])
+@pytest.mark.parametrize("name, changes", [("sdlora", {}), ("sdlora", ROUTED), ("ease", {}), ("aper", {}), ("l2p", {}),
+                                           ("mos", {}), ("tuna", {})])
 def test_a_learner_represents_images_as_its_head_reads_them(name: str, changes: dict) -> None:
     learner = learner_of(config_from_dict({**method_values(name, **changes), "filepath": "./unused/"}))
     learn(learner, range(2)) if name != "sdlora" else grown(learner, range(2))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -111,3 +111,10 @@ def test_mistakes_are_one_sentence_and_status_2(arguments, message, capsys, monk
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_network_is_not_measured(capsys, tmp_path):
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"cls_token": torch.zeros(1, 1, 8)}, path)
+    assert pretraining.main(["--evaluate", "--out", str(path)]) == 2
+    assert f"other.safetensors holds other weights than those of {EMBEDDED}" in capsys.readouterr().err

@@ -117,7 +117,7 @@ def _no_constant(name: str) -> None:
 
 def _integer(digits: str) -> int | float:
     """Digits beyond 64 bits make a float: no integer key takes it, and no code meets a million digits."""
-    return int(digits) if len(digits) <= 19 else float(digits)
+    return int(digits) if len(digits) <= 20 and -2**63 <= int(digits) < 2**63 else float(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.folder import DomainListing, class_names, images_under, read_split
+from utils.data.folder import DomainListing, check_names, class_names, images_under, read_split
 from utils.errors import UserError
 
 ByClass = Mapping[str, Sequence[Path]]  # images by the names of their classes
@@ -111,6 +111,7 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
 def _real_and_fake(folder: Path) -> dict[str, list[Path]]:
     """The images in folders `0_real` and `1_fake` at any depth."""
     images = images_under(folder)
+    check_names(images)
     found = {name: [path for path in images if name in path.relative_to(folder).parts[:-1]] for name in CDDB_CLASSES}
     for name, paths in found.items():
         if not paths:

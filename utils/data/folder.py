@@ -6,6 +6,7 @@ entries (a leading dot); here the first is an error, and the second are passed o
 """
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -59,12 +60,25 @@ def class_names(folder: Path) -> list[str]:
             f"data_path: '{folder}' holds no class folders; give each class a folder of its own under it, "
             f"as in '{folder.name}/<class>/<image>.jpg'."
         )
+    check_names(folder / name for name in names)
     return names
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """Raises UserError for a name that is not UTF-8, as those of an archive from another system may be: no record of a run
+    could hold it."""
+    for path in paths:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise UserError(f"data_path: the name of '{shown}' is not UTF-8; rename it.") from error
 
 
 def read_split(folder: Path, classes: list[str]) -> Files:
     """The images of these class folders; raises UserError for one without any."""
     images = [images_under(folder / name) for name in classes]
+    check_names(path for found in images for path in found)
     for name, found in zip(classes, images, strict=True):
         if not found:
             raise UserError(

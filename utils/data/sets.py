@@ -70,7 +70,7 @@ def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
     `seed` draws the images of a data set that is made rather than read (`glyphs`)."""
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    dataset = DATASETS[name](Path(data_path).expanduser(), seed)
+    dataset = DATASETS[name](Path(data_path), seed)
     for split, labels in (("training", dataset.train.labels), ("test", dataset.test.labels)):
         for label in np.flatnonzero(np.bincount(labels, minlength=len(dataset.classes)) == 0):
             raise UserError(

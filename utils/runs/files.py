@@ -76,7 +76,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         if value.pop("sha256") != _seal(value):
             raise ValueError("its checksum does not fit")
         return value
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); restore a copy, or start its run over with --overwrite.") from error
 
 

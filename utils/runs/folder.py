@@ -14,6 +14,7 @@ from utils.runs.lock import LOCK_FILE, lock
 # Keys that do not change what a run computes; a run may be continued with other values of these.
 NOT_COMPARED = frozenset({"device", "num_workers", "prefix", "filepath", "compile", "checkpoint_minutes", "checkpoint_steps",
                           "trackers"})
+_OF_A_RUN = ("beta_values_task_*.pt", "head_task_*.safetensors", "checkpoint_*.ckpt")
 
 
 def folder_of(config: Config, seed: int) -> Path:
@@ -36,21 +37,34 @@ def claim(folder: Path, config: Config) -> None:
 
 
 def check_owner(folder: Path, config: Config) -> None:
-    """Raises UserError if `folder` holds a run of another config, or files of a run without its config, or cannot be made."""
+    """As `check_place` and `check_config`."""
+    check_place(folder)
+    check_config(folder, config)
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError if `folder` cannot be made or written into."""
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not place.is_dir():
         raise UserError(f"filepath: '{place}' is a file, not a folder; choose another one.")
     if not os.access(place, os.W_OK):
         raise UserError(f"filepath: nothing may be written into '{place}'; choose another folder.")
-    saved = folder / "config.json"
-    if not saved.exists():
-        if any(folder.glob("beta_values_task_*.pt")) or any(folder.glob("head_task_*.safetensors")):
+
+
+def check_config(folder: Path, config: Config) -> None:
+    """Raises UserError if `folder` holds a run of another config, or files of a run and nothing that says of which."""
+    saved, record = folder / "config.json", folder / "results.json"
+    if not saved.exists() and not record.exists():
+        if any(path for pattern in _OF_A_RUN for path in folder.glob(pattern)):
             raise UserError(f"filepath: '{folder}' holds files of a run without its config.json; choose another folder or use "
                             "--overwrite to set it aside.")
         return
     try:
-        shown = differences(json.loads(saved.read_text(encoding="utf-8")), config, str(saved))
-    except (OSError, ValueError, AttributeError) as error:
+        old = json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else read_sealed_json(record)["config"]
+        shown = differences(old, config, str(saved if saved.exists() else record))
+    except UserError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{saved}: cannot be read as the config of a run ({error}); choose another 'filepath' or use "
                         "--overwrite to set the folder aside.") from error
     if shown:
@@ -86,8 +100,11 @@ def committed_form(result: Mapping[str, Any]) -> dict[str, Any]:
 def set_aside(folder: Path) -> Path | None:
     """Renames a folder that holds anything to `<folder>.old-<n>`; returns the new name, None where there was nothing.
 
-    Refuses, like any other run, a folder that a run is working in.
+    Refuses, like any other run, a folder that a run is working in, and one that the user is in.
     """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"filepath: '{folder}' is the folder that you are in, or one above it, and is not set aside; choose "
+                        "another one.")
     if not folder.is_dir() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return None
     with lock(folder):

@@ -113,12 +113,20 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def out_of_memory(error: BaseException) -> UserError | None:
-    """The sentence for an error that says memory has run out, on the CPU or on CUDA; None for any other error."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return UserError("Out of memory; raise grad_accum (the same result in smaller parts), lower batch_size, or set "
-                         "data_placement to \"lazy\", then run the same command again: it goes on from the last checkpoint.")
-    return None
+AT_THE_START = "before training has begun; lower image_size, take a smaller backbone, or set data_placement to \"lazy\"."
+WITHIN_A_RUN = ("within a task; raise grad_accum (the same result in smaller parts), lower batch_size, or set data_placement "
+                "to \"lazy\", then run the same command again: it goes on from the last checkpoint.")
+
+
+@contextmanager
+def memory_may_run_out(advice: str) -> Iterator[None]:
+    """An error within that says memory has run out, on the CPU or on CUDA, becomes a UserError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError(f"Out of memory {advice}") from error
+        raise
 
 
 def log_to_console() -> None:

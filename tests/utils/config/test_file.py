@@ -88,6 +88,7 @@ def test_files_that_hold_no_config(content, message, tmp_path):
         ('"epochs": 1' + "0" * 30, "'epochs' is 1e+30; it must be an integer of at least 1."),
         ('"init_lr": 1e999', "'init_lr' is not a finite number; it must be a number above 0."),
         ('"init_lr": ' + "9" * 5000, "'init_lr' is not a finite number; it must be a number above 0."),
+        ('"epochs": ' + "9" * 19, "'epochs' is 1e+19; it must be an integer of at least 1."),
         ('"epochs": ' + "9" * 5000, "'epochs' is not a finite number; it must be an integer of at least 1."),
     ],
     ids=lambda value: str(value)[:30],

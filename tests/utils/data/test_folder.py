@@ -120,6 +120,19 @@ def test_folder_damaged(tmp_path: Path, damage: object, message: str) -> None:
         load_dataset("folder", root)
 
 
+@pytest.mark.parametrize("name", [b"train/caf\xe9", b"train/bee/caf\xe9.jpg"])
+def test_a_name_that_no_record_can_hold_is_refused(tmp_path: Path, name: bytes) -> None:
+    root = write_class_folders(tmp_path)
+    image = next((root / "train/bee").iterdir())
+    place = os.fsencode(root) + b"/" + name
+    if name.endswith(b".jpg"):
+        os.link(image, place)
+    else:
+        os.rename(root / "train/bee", place)
+    with pytest.raises(UserError, match=r"data_path: the name of '.*caf\\xe9.*' is not UTF-8; rename it"):
+        load_dataset("folder", root)
+
+
 @pytest.mark.parametrize("place", ["train", "test/bee", "train/bee/more"])
 def test_an_unreadable_folder_is_named(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a folder that the system refuses to list, since permissions do not bind a superuser."""
