@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="set any config key; repeatable; docs/CONFIG.md lists the keys")
     parser.add_argument("--overwrite", action="store_true", help="start over; what the run's folder holds is moved aside")
-    parser.add_argument("--dry-run", action="store_true", help="print resolved config, split and parameter counts; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print resolved config, split, parameter counts; write nothing")
     return parser.parse_args(arguments)
 
 
