@@ -24,7 +24,7 @@ class APER(FirstTaskLearner):
 
     @classmethod
     def networks(cls, adapters: int) -> list[int | None]:
-        return [None, 0]
+        return [None, 0]  # as pretrained, and with the adapter
 
     def features(self, images: Tensor) -> Tensor:
         return self.embed(images) if self.head.training_rows else super().features(images)

@@ -65,7 +65,7 @@ class BaseLearner(Component, ABC):
 
     reads_class_token_alone = True  # of the backbone's last block, which is then shortened
     enters_blocks: ClassVar[bool] = True  # changes the network or trains it; False for what reads its features alone
-    scenarios: ClassVar[tuple[str, ...]] = ("class",)  # those in which it is known to work; every method says its own
+    scenarios: ClassVar[tuple[str, ...]] = ("class",)  # in which it is known to work; not inherited: every method says its own
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -112,7 +112,7 @@ class BaseLearner(Component, ABC):
 
     @abstractmethod
     def train(self) -> None:
-        """Learns the current task, from where `load_state` left it."""
+        """Learns the current task, from where `load_state` left it: returns at once if that was its end."""
 
     def steps_in(self, task: int) -> int:
         """Optimizer steps that `task` is trained for, which the progress display counts."""
@@ -178,7 +178,8 @@ class BaseLearner(Component, ABC):
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """The learner as it was at `state`."""
+        """The learner as it was at `state`. Called on a new one, without `begin_task`; within a task `train` and `end_task`
+        follow."""
 
     # ---- shared by all
 

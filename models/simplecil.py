@@ -19,7 +19,7 @@ class SimpleCIL(BaseLearner):
     """A control: nearest class mean by cosine similarity on frozen features, nothing trained (Zhou et al., 2023)."""
 
     enters_blocks = False
-    kind = CosineHead.kind  # its file is that of a cosine head
+    kind = CosineHead.kind  # save_head takes the learner for its head: `kind` and `to_file`
     scenarios = ("class", "domain")
 
     def __init__(self, *args, **kwargs) -> None:
@@ -35,7 +35,7 @@ class SimpleCIL(BaseLearner):
 
     @torch.no_grad()
     def train(self) -> None:
-        classes, cells = self.data.task_classes(self.task), self.data.task_cells(self.task)
+        classes, cells = self.data.task_classes(self.task), self.data.task_cells(self.task)  # a cell: one class in one task
         if self.learned == self.task:
             return  # the checkpoint was written after this
         sums = torch.zeros(len(classes), self.backbone.width, device=self.device)
@@ -44,7 +44,7 @@ class SimpleCIL(BaseLearner):
         total = self.data.eval_batch_count("train", cells, size)
         for number, (images, labels) in enumerate(self.data.eval_batches("train", cells, size, distributed.part())):
             self.session.work(f"Task {self.task}: class means", number, total)
-            if len(labels) == 0:
+            if len(labels) == 0:  # this one of several processes has no part of the batch
                 continue
             members = F.one_hot(labels - classes.start, len(classes)).float()  # [b, c]: a product sums in a fixed order
             sums += members.T @ self.embed(images)
@@ -54,7 +54,8 @@ class SimpleCIL(BaseLearner):
         self.learned = self.task
 
     def _learn(self, classes: range, sums: Tensor, counts: Tensor) -> None:
-        """Takes in the sums `[c, d]` of the features of so many images of each of the task's `classes`."""
+        """Takes in the sums `[c, d]` of the features of so many images of each of the task's `classes`. Where these have been
+        seen before, as in a domain-incremental stream, their means are then of all images."""
         known, (earlier, visits) = self.prototypes, self.data.visits(self.task)
         first = classes.start if earlier else None
         if earlier:
