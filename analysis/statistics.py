@@ -41,8 +41,8 @@ class Paired:
     note: str
 
 
-def paired(method: Sequence[float], baseline: Sequence[float], margin: float | None = None, higher_is_better: bool = True,
-           confidence: float = 0.95) -> Paired:
+def paired(method: Sequence[float], baseline: Sequence[float], margin: float | None = None, higher_is_better: bool = True
+           ) -> Paired:
     """Everything about one measure of two methods; entry `i` of both comes from the same seed.
 
     With a `margin`, no-worse and equivalence are tested too; for a measure that is better when lower, no worse means
@@ -51,7 +51,7 @@ def paired(method: Sequence[float], baseline: Sequence[float], margin: float | N
     if len(method) != len(baseline) or not len(method):
         raise ValueError(f"{len(method)} values cannot be paired with {len(baseline)}")
     d = np.round(np.subtract(method, baseline, dtype=np.float64), DECIMALS)
-    low, high = interval(d, confidence) or (None, None)
+    low, high = interval(d) or (None, None)
     return Paired(
         n=len(d), mean=float(d.mean()), sd=float(d.std(ddof=1)) if len(d) > 1 else None, low=low, high=high, t_p=t_p(d),
         wilcoxon_p=wilcoxon_p(d), wilcoxon_smallest_p=smallest_wilcoxon_p(len(d)),

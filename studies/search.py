@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from studies.book import CLAIM, Book, Trial, alone, claim, import_optuna, is_free
+from studies.book import CLAIM, SMALLER_IS_BETTER, Book, Trial, alone, claim, import_optuna, is_free
 from studies.study import Study, StudyRun
 from studies.trials import measured, report_runs, trial_runs
 from utils.config.rules import show
@@ -89,10 +89,12 @@ class Search:
         return current.hopeless
 
     def _report(self, current: _Current, record: dict[str, Any]) -> None:
-        """Tells the pruner the accuracies of a run that it does not know yet."""
+        """Tells the pruner the accuracies of a run that it does not know yet. It looks for the least where the measure is one
+        of which less is better."""
+        sign = -1 if self.study.file.measure[0] in SMALLER_IS_BETTER else 1
         for accuracy in record["metrics"]["top1_curve"][current.reported:]:
             current.summed += accuracy or 0.0  # None without test images
-            current.attempt.report(current.summed, current.step)
+            current.attempt.report(sign * current.summed, current.step)
             current.reported, current.step = current.reported + 1, current.step + 1
             current.hopeless |= current.step < self._steps() and current.attempt.should_prune()
 

@@ -124,9 +124,9 @@ def test_a_terminal_of_another_encoding_stops_no_run(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_progress_lines_come_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Where output is no terminal, a line with step, loss, tau, accuracy and time left, every LINE_SECONDS."""
-    monkeypatch.setattr(Progress, "LINE_SECONDS", 0.2)
+    monkeypatch.setattr(Progress, "LINE_SECONDS", 0.02)
     started = time.monotonic()
     assert main(one_task(tmp_path / "run")) == 0
     lines = re.findall(r"^Task 0, Epoch 1/1: step \d+/9, loss [\d.e-]+, tau [\d.]+, accuracy [\d.e+]+, \d+:\d\d left$",
                        capsys.readouterr().out, re.MULTILINE)
-    assert 1 <= len(lines) <= (time.monotonic() - started) / 0.2
+    assert 1 <= len(lines) <= (time.monotonic() - started) / 0.02

@@ -133,6 +133,7 @@ def test_what_cannot_be_paired_is_refused(method, baseline):
         paired(method, baseline)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_and_the_tests_keep_their_size():
     """1000 experiments of five seeds: each rate within 3.3 standard errors of its 95 or 5 %."""
     rng, count, margin = np.random.default_rng(0), 1000, 0.5

@@ -50,6 +50,20 @@ def test_an_image_goes_to_the_key_that_makes_it_most_likely(router: Router) -> N
     assert (router(images).reshape(3, 20) == torch.arange(3)[:, None]).float().mean() > 0.9, "kinds this far apart are told"
 
 
+def test_of_two_keys_with_one_mean_the_narrower_has_the_images_near_it() -> None:
+    router, size = Router(2, seed=0), 4
+    for key, variance in ((0, 1.0), (1, 9.0)):
+        router.found(key, Moments(1000, torch.zeros(size), 1000 * variance * torch.eye(size)))
+    looks = torch.randn(200, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    router.statistics = lambda tokens: tokens
+    within, scores = 5.0, []
+    for variance in (1.0, 9.0):
+        backed = (1000 * variance + PRIOR * size * within) / (1000 + PRIOR * size)
+        scores.append(multivariate_normal(np.zeros(size), 1.001 * backed * np.eye(size)).logpdf(looks))
+    expected = np.stack(scores).argmax(0)
+    assert router(looks).tolist() == expected.tolist() and 50 < expected.sum() < 150
+
+
 def test_i12_an_image_goes_where_it_goes_whatever_else_is_in_the_batch(router: Router) -> None:
     images = torch.cat([tokens_of(kind, 10, 90 + kind) for kind in range(3)])
     assert torch.cat([router(image[None]) for image in images]).equal(router(images))

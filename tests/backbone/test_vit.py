@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbone import FrozenViT, create_backbone
 from backbone.lora import inject
 from backbone.vit import _full_name, data_config, fused_qkv, load_vit, weights_sha256
-from tests.helpers import small_config
+from tests.helpers import small_config, tiny_config
 from utils.errors import UserError
 
 TINY = "test_vit"  # timm's own test network: 160 pixels, patches of 16, 6 blocks of width 64
@@ -366,3 +366,14 @@ def test_the_config_s_first_seed_draws_the_weights() -> None:
     config = small_config(backbone_type=TINY, pretrained=False, seed=[4, 5])
     sums = [create_backbone(config, seed).identity.sha256 for seed in (None, 4, 5)]
     assert sums[0] == sums[1] != sums[2]
+
+
+@torch.no_grad()
+def test_early_tokens_are_the_patches_after_a_sixth_of_the_blocks_before_any_norm() -> None:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    backbone = create_backbone(tiny_config(backbone_type="vit_glyph_tiny_patch8_32", pretrained=True))
+    vit = backbone.vit
+    tokens = torch.cat([vit.cls_token.expand(3, -1, -1), vit.patch_embed(images)], 1) + vit.pos_embed
+    torch.testing.assert_close(backbone.early_tokens(images), vit.blocks[0](tokens)[:, 1:])
+    depths = {depth: FrozenViT(timm.create_model("test_vit", depth=depth), None).early_block for depth in (2, 6, 12, 24)}
+    assert depths == {2: 1, 6: 1, 12: 2, 24: 4}

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.growth import Decision, combination_of_stored
+from models.rows import RowFit
 from tests.helpers import grown, in_float64, learner_of, logits, tiny_config
 from utils.errors import UserError
 from utils.runs import distributed
@@ -61,6 +63,20 @@ def test_val_loss_compares_with_and_without_and_its_probe_changes_nothing() -> N
     for margin, kept in ((gain - 1e-4, True), (gain + 1e-4, False)):
         report = held_out(margin).end_task()
         assert report.kept is kept and report.numbers["val_loss"] == pytest.approx(gain)
+
+
+def test_held_out_losses_are_with_the_newcomer_and_without_on_images_that_were_not_trained_on(monkeypatch) -> None:
+    monkeypatch.setattr(RowFit, "run", lambda fit, whole=False: fit.learner.start_evaluation())
+    learner, expected = held_out(0.0), []
+    learner.gate.set_temperature(0.5)
+    found = learner._held_out_losses()
+    for keep in ([0, 1], [0]):
+        learner.recipe.prune(keep)
+        learner.start_evaluation()
+        losses = [F.cross_entropy(learner.head.current_logits(learner.embed(x)), y - 2, reduction="none")
+                  for x, y in learner.data.eval_batches("val", learner.data.task_cells(1), 64)]
+        expected.append(torch.cat(losses).mean().item())
+    assert found == pytest.approx(expected) and expected[0] != pytest.approx(expected[1])
 
 
 def test_kd_drops_a_direction_that_earlier_ones_span() -> None:

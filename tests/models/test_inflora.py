@@ -133,6 +133,17 @@ def test_where_nothing_is_left_to_learn_in_a_has_rows_of_zero() -> None:
     assert kept and basis.shape[1] < 4
 
 
+def test_the_share_of_energy_rises_from_the_first_value_towards_the_end_of_the_stream(monkeypatch) -> None:
+    shares, learner = [], begun(nb_tasks=4, memory_energy=0.5, memory_energy_end=0.9)
+    monkeypatch.setattr("models.inflora.grown",
+                        lambda basis, kept, moments, share: (shares.append(share), moments[:, :1], kept)[1:])
+    for task in range(1, 4):
+        learner.end_task()
+        learner.begin_task(task)
+    learner.end_task()
+    assert shares == pytest.approx([share for share in (0.5, 0.6, 0.7, 0.8) for _ in learner.bank.layers])
+
+
 def test_the_learning_rate_is_a_quarter_of_a_cosine() -> None:
     assert [quarter(5, epoch) for epoch in (0, 4)] == [1, pytest.approx(math.cos(0.495 * math.pi))]
     assert quarter(1, 0) == 1

@@ -73,3 +73,12 @@ def test_a_longer_first_task_has_no_longer_a_fit() -> None:
     grown(learner, range(2))
     fits = [session.calls.count(f"Task {task}: row fit") for task in range(2)]
     assert fits == [2, 2] and learner.epochs() == 2
+
+
+def test_the_rates_of_a_fit_are_those_of_training_stretched_over_its_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, epoch = [], RowFit._epoch
+    monkeypatch.setattr(RowFit, "_epoch", lambda fit, optimizer, *rest: (
+        rates.append(optimizer.param_groups[0]["lr"]), epoch(fit, optimizer, *rest))[1])
+    grown(learner_of(tiny_config(row_fit="alike", row_epochs=4, init_epoch=2, refit_lr=0.5, nb_tasks=1, scheduler="steplr",
+                                 milestones=[1], lrate_decay=0.1)), range(1))
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05])

@@ -180,6 +180,11 @@ def test_what_is_not_new_trains_head_rows_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, learner.bank.buffers(), strict=True))
 
 
+def test_the_rate_of_the_descriptors_falls_along_a_cosine() -> None:
+    learner = begun(rd_epochs=4)
+    assert [learner.phases(0)[1].rate(epoch) for epoch in (0, 2)] == [1, pytest.approx(0.5)]
+
+
 def test_few_errors_find_nothing_new() -> None:
     cell = begun().bank.cells[5]
     cell.remember(torch.ones(2).double())

@@ -7,11 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from models.optimisation import make_optimizer, schedule_factor
 from models.sdlora import SDLoRA
-from models.training import GradientLearner
-from tests.helpers import ROOT, SMALL, grown, learn, learner_of, small_config, tiny_config
+from models.training import GradientLearner, Meter
+from tests.helpers import (
+    ROOT,
+    SMALL,
+    Interrupted,
+    Watch,
+    grown,
+    learn,
+    learner_of,
+    resumed,
+    small_config,
+    test_images,
+    tiny_config,
+)
 from trainer import Quiet
 from utils.config import Config
 from utils.errors import UserError
@@ -86,7 +100,7 @@ def test_a_step_enters_few_files(gate: str) -> None:
 def test_the_loop_reads_in_one_place() -> None:
     module = ast.parse((ROOT / "models" / "training.py").read_text())
     kind = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == GradientLearner.__name__)
-    train = next(node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    train = next(node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "_train_phase")
     assert train.end_lineno - train.lineno < 60
 
 
@@ -131,3 +145,40 @@ def test_epochs_and_learning_rates_of_the_first_task_are_its_own() -> None:
     learn(learner, range(2))
     steps = [learner.data.steps_per_epoch(task, SMALL["batch_size"]) for task in (0, 1)]
     assert rates == [(0, 0.02)] * steps[0] + [(0, 0.01)] * steps[0] + [(1, 0.01)] * steps[1]
+
+
+def test_the_cosine_falls_from_each_task_s_rate_to_min_lr_and_stays_there() -> None:
+    config = tiny_config(init_epoch=2, epochs=4, init_lr=0.02, lrate=0.01, min_lr=0.002)
+    assert [schedule_factor(config, 0, epoch) for epoch in range(3)] == pytest.approx([1, 0.55, 0.1])
+    assert [schedule_factor(config, 1, epoch) for epoch in (0, 2, 4, 6)] == pytest.approx([1, 0.6, 0.2, 0.2])
+    short = tiny_config(epochs=4, tuned_epoch=2)
+    assert [schedule_factor(short, 1, epoch) for epoch in range(4)] == pytest.approx([1, 0.5, 0, 0])
+
+
+def test_the_first_task_has_a_weight_decay_of_its_own() -> None:
+    config, group = tiny_config(weight_decay=0.2, init_weight_decay=0.1), {"params": [nn.Parameter(torch.zeros(1))]}
+    assert [make_optimizer(config, [group], task).param_groups[0]["weight_decay"] for task in (0, 1, 2)] == [0.1, 0.2, 0.2]
+
+
+def test_steps_that_were_left_out_count_after_a_checkpoint_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {0, 3})
+    learner, *_ = ready(nan_policy="skip", nan_limit=1)
+    learner.session = Watch(stop_at=2)
+    with pytest.raises(Interrupted):
+        learner.train()
+    with pytest.raises(UserError, match="loss .* step 3"):
+        resumed(learner).train()
+
+
+def test_a_meter_gives_means_over_steps_and_accuracy_over_images() -> None:
+    meter = Meter(torch.device("cpu"))
+    for clf, sparse, correct, images in ((1.0, 0.5, 3, 4), (2.0, 0.0, 1, 1)):
+        meter.add(torch.tensor(clf), torch.tensor(sparse), torch.tensor(correct), images)
+    assert meter.read() == {"loss": 1.75, "clf": 1.5, "sparse": 0.25, "accuracy": 80.0}
+
+
+@pytest.mark.parametrize("precision, kind", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_is_that_of_the_backbone_and_features_are_float32(precision: str, kind: torch.dtype) -> None:
+    learner, seen = learner_of(tiny_config(precision=precision)), []
+    learner.backbone.vit.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert learner.embed(test_images(learner, 2)).dtype == torch.float32 and seen == [kind]

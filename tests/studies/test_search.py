@@ -3,26 +3,30 @@
 Runs are a stand-in for main.py whose accuracies follow from the config (tests/studies/conftest.py).
 """
 
+import importlib.util
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-pytest.importorskip("optuna", reason="searches need optuna (pip install optuna)")
-
 from analysis.records import find_runs, group_runs
 from studies import search as search_module
-from studies.book import CLAIM, Trial
+from studies.book import CLAIM, Book, Trial
+from studies.search import Search, _Current
 from studies.study import load_study
 from studies.study import main as study_command
 from studies.trials import best, known_trials
 from tests.helpers import LONG, ROOT, once, wait_for
 from tests.studies.conftest import STAND_IN, start, starts, write_search
+
+needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="pip install optuna")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,7 @@ def test_nothing_is_written_to_look_at_a_search(tmp_path: Path, capsys) -> None:
         assert sorted(item.name for item in tmp_path.iterdir()) == ["base.json", "study.json"]
 
 
+@needs_optuna
 @pytest.mark.parametrize("storage", ["postgresql+nothing://host/search", "sqlite:////nowhere/search.db"])
 def test_a_storage_that_cannot_be_used_is_one_sentence(storage: str, tmp_path: Path, stand_in: Path, capsys) -> None:
     assert start(write_search(tmp_path, storage=storage)) == 2
@@ -67,6 +72,7 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(storage: str, tmp_path: P
     assert err.startswith("error: storage: ") and storage in err and err.count("\n") == 1
 
 
+@needs_optuna
 def test_what_is_in_the_way_is_one_sentence(tmp_path: Path, stand_in: Path, capsys) -> None:
     """A file in place of the folder; another process at work; a study of Optuna's own."""
     import optuna
@@ -84,6 +90,7 @@ def test_what_is_in_the_way_is_one_sentence(tmp_path: Path, stand_in: Path, caps
     assert "in use by another process" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_a_search_ends_with_its_table_and_reports(tmp_path: Path, stand_in: Path, lines: list[str], capsys) -> None:
     path = write_search(tmp_path, seed=[1, 2], report_seed=[3, 4], jobs=2, results="records")
@@ -113,6 +120,7 @@ def test_a_search_ends_with_its_table_and_reports(tmp_path: Path, stand_in: Path
     assert trials_of(path) == before and any(each.committed_record() for each in load_study(path).runs())
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_one_process_searches_the_same_every_time(tmp_path: Path, stand_in: Path) -> None:
     path = write_search(tmp_path, trials=4)
@@ -122,6 +130,7 @@ def test_one_process_searches_the_same_every_time(tmp_path: Path, stand_in: Path
     assert trials_of(path) == first and (tmp_path / "runs.old-1" / "search.journal").exists()
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_two_measures_have_a_front_in_any_database(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     measures = ["last_accuracy", "stored_bytes"]
@@ -136,6 +145,7 @@ def test_two_measures_have_a_front_in_any_database(tmp_path: Path, stand_in: Pat
     assert any("as trial" in line for line in lines)
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_hopeless_trials_are_pruned_on_falling_curves(tmp_path: Path, stand_in: Path) -> None:
     """The sixth trial and the seventh are worse than the others after their first task, and worse than that later."""
@@ -148,6 +158,7 @@ def test_hopeless_trials_are_pruned_on_falling_curves(tmp_path: Path, stand_in: 
     assert [trial.state for trial in trials_of(path)] == ["complete"] * 6
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_failed_trials_are_told_and_tried_again(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     path = write_search(tmp_path, {"prefix": "fail without gate"},
@@ -161,12 +172,14 @@ def test_failed_trials_are_told_and_tried_again(tmp_path: Path, stand_in: Path, 
     assert {trial.state for trial in trials_of(path)} == {"complete"} and len(trials_of(path)) == 6
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_a_measure_that_runs_do_not_have(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     assert start(write_search(tmp_path, {"prefix": "joint"}, trials=1, measure="average_accuracy")) == 1
     assert any("no average_accuracy; name another 'measure'" in line for line in lines)
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_another_search_of_the_name_is_refused(tmp_path: Path, stand_in: Path, capsys) -> None:
     storage = str(tmp_path / "elsewhere.journal")
@@ -180,6 +193,7 @@ def test_another_search_of_the_name_is_refused(tmp_path: Path, stand_in: Path, c
     assert len(trials_of(tmp_path / "study.json")) == 2
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_a_stopped_search_goes_on_in_the_same_folders(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
     path = write_search(tmp_path, {"prefix": "hang"}, trials=2)
@@ -202,6 +216,7 @@ sys.exit(main.main(["--config", sys.argv[2]]))
 """
 
 
+@needs_optuna
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
 def test_twenty_trials_by_two_processes_one_of_them_killed(tmp_path: Path, stand_in: Path, capsys) -> None:
@@ -226,6 +241,7 @@ def test_twenty_trials_by_two_processes_one_of_them_killed(tmp_path: Path, stand
     assert f"Best: trial {top.number}, last_accuracy {top.measured[0]:.2f}" in out and f"Reported: chosen_{top.number}" in out
 
 
+@needs_optuna
 @pytest.mark.slow
 def test_the_comparison_reads_a_search(tmp_path: Path, stand_in: Path) -> None:
     """The chosen setting is a method of its own, on the reporting seeds alone."""
@@ -235,3 +251,36 @@ def test_the_comparison_reads_a_search(tmp_path: Path, stand_in: Path) -> None:
     (stream,) = group_runs(find_runs([path]).runs)
     assert {method.name: [draw.seed for draw in method.runs] for method in stream.methods} == {
         f"chosen_{number}": [3, 4], **{f"trial_{trial}": [1] for trial in range(3)}}
+
+
+@needs_optuna
+@pytest.mark.parametrize("measure", ["last_accuracy", "forgetting", "stored_bytes"])
+def test_a_trial_of_low_accuracy_is_the_hopeless_one_whatever_is_measured(measure: str, tmp_path: Path) -> None:
+    search = Search(load_study(write_search(tmp_path, measure=measure, trials=7)))
+
+    def hopeless(*curve: float) -> bool:
+        current = _Current(0, search.book.search.ask(), None, deque())
+        search._report(current, {"metrics": {"top1_curve": curve}})
+        search.book.search.tell(current.attempt, 10.0)
+        return current.hopeless
+
+    assert not any(hopeless(80.0, 70.0, 60.0) for _ in range(5))
+    assert hopeless(50.0) and not hopeless(90.0)
+
+
+@needs_optuna
+def test_bytes_and_forgetting_are_minimised_and_accuracy_is_not(tmp_path: Path) -> None:
+    book = Book.begin(load_study(write_search(tmp_path, measure=["last_accuracy", "stored_bytes"])))
+    assert [direction.name for direction in book.search.directions] == ["MAXIMIZE", "MINIMIZE"]
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_a_trial_has_the_mean_of_its_seeds_and_a_report_their_spread(tmp_path: Path, stand_in: Path, lines: list[str]) -> None:
+    stand_in.write_text(STAND_IN.replace("curve = []", "curve, top = [], top + config['seed'][0]"))
+    path = write_search(tmp_path, seed=[1, 4], report_seed=[7, 9], trials=1)
+    assert start(path) == 0
+    trial, = known_trials(load_study(path))
+    alone = 70 - 100 * abs(trial.values["init_lr"] - 0.1)
+    assert trial.measured == [pytest.approx(alone + 2.5)]
+    assert f"on 2 seeds, last_accuracy {alone + 8:.2f} ± {statistics.stdev([7, 9]):.2f}" in "\n".join(lines)

@@ -1,15 +1,16 @@
 """Searches: what a file may draw from, and what is wrong with one."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("optuna", reason="searches need optuna (pip install optuna)")
 
 from studies.study import Study, load_study
 from tests.helpers import SMALL
 from tests.studies.conftest import write_search
 from utils.errors import UserError
+
+needs_optuna = pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="pip install optuna")
 
 BAD = {
     "range and list": ({"search": {"rank": 4}}, ["search", "'rank' is 4", "list of values", "range"]),
@@ -65,6 +66,7 @@ def drawn(study: Study, params: dict) -> dict:
     return study.space.draw(optuna.trial.FixedTrial(params))
 
 
+@needs_optuna
 def test_a_key_is_drawn_where_it_has_an_effect(tmp_path: Path) -> None:
     """The base's gate_lr and the drawn lambda_sparsity mean nothing without a trained gate."""
     study = load_study(write_search(tmp_path))
@@ -77,6 +79,7 @@ def test_a_key_is_drawn_where_it_has_an_effect(tmp_path: Path) -> None:
     assert study.run_of("trial", values, 1).config.gate_lr == SMALL["gate_lr"]
 
 
+@needs_optuna
 def test_methods_lists_integers_and_null_are_drawn(tmp_path: Path) -> None:
     space = {"rank": {"low": 2, "high": 8, "step": 2}, "model_name": ["sdlora", "simplecil"],
              "gate": ["none", "gumbel_sparsemax"], "milestones": [[1], [1, 2], None], "scheduler": ["steplr"]}

@@ -258,3 +258,12 @@ def test_normalisation_is_applied_where_given(kind: str, folders: Dataset) -> No
         views(normed, "test", range(2))[0], (views(plain, "test", range(2))[0] - center) / spread
     )
     assert torch.equal(views(normed, "test", range(2))[0], views(normed, "test", range(2))[0]), "not twice in place"
+
+
+@pytest.mark.parametrize("change", [{"seed": 1994}, {"task": 1}, {"epoch": 1}])
+def test_the_order_of_images_moves_with_seed_task_and_epoch(change: dict) -> None:
+    def places(seed: int = 1993, task: int = 0, epoch: int = 0) -> list[int]:
+        index, _ = manager(tensor_dataset(), seed=seed, shuffle=False)._shuffled(task, epoch)
+        return np.argsort(np.argsort(index)).tolist()
+
+    assert sorted(places()) == list(range(16)) and places() == places() != places(**change)

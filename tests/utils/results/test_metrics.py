@@ -21,6 +21,7 @@ from utils.results.metrics import (
     curve,
     forgetting,
     forward_transfer,
+    kept_set,
     mean_std,
     mean_task_accuracy,
     summary,
@@ -225,3 +226,11 @@ def test_the_summary_is_strict_json() -> None:
 def test_mean_and_sample_deviation() -> None:
     assert mean_std([1.0, 2.0, 4.0, 5.0]) == (3.0, pytest.approx((10 / 3) ** 0.5))
     assert mean_std([3.0]) == (3.0, None)
+
+
+def test_the_kept_set_worked_by_hand() -> None:
+    truth, kept, weights = [True, True, False, True, False], [True, False, True, True, True], [0.1, 0.3, 0.3, 0.9, 0.2]
+    found = kept_set(truth, kept, weights)
+    assert (found["precision"], found["recall"], found["f1"]) == (2 / 4, 2 / 3, 4 / 7)
+    assert found["auc"] == 3.5 / 4, "0.3 and 0.9 against 0.3 and 0.2, the tie half; task 0 is no question"
+    assert kept_set([True, True], [True, True], [1.0, 0.5])["auc"] is None
