@@ -4,6 +4,7 @@ A new one is an entry of `READERS`; nothing else in the code knows a data set by
 order of the classes; `utils.data_manager` turns them into a stream of tasks.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -70,7 +71,7 @@ def load_dataset(name: str, data_path: str | Path, seed: int = 0) -> Dataset:
     `seed` draws the images of a data set that is made rather than read (`glyphs`)."""
     if name not in DATASETS:
         raise unknown("dataset", name, DATASETS)
-    dataset = DATASETS[name](Path(data_path), seed)
+    dataset = DATASETS[name](Path(os.path.expanduser(data_path)), seed)  # as a config's; "~nobody" stays
     for split, labels in (("training", dataset.train.labels), ("test", dataset.test.labels)):
         for label in np.flatnonzero(np.bincount(labels, minlength=len(dataset.classes)) == 0):
             raise UserError(
