@@ -220,7 +220,7 @@ class Run:
             self._checkpoint()
         self._stop_on(received)
 
-    def _asked(self) -> tuple[float, int]:
+    def _asked(self) -> list[int]:
         """Whether a checkpoint is due, by the clock of any process, and the signal that any has received: the same in all."""
         due = time.monotonic() - self.checkpoint_written >= 60 * self.config.checkpoint_minutes
         return distributed.largest(due, self.signals.received or 0)
