@@ -335,7 +335,7 @@ def test_every_method_of_the_baselines_has_three_rates_to_choose_from(study: str
         assert methods[name].init_lr in settings and settings[low] == settings[high] == settings_of(methods[name]), name
 
 
-@pytest.mark.parametrize(("study", "chooses"), CHOSEN)
+@pytest.mark.parametrize(("study", "chooses"), [*CHOSEN, ("routed_30_tuned", "routed_30_tune")])
 def test_the_rate_of_every_method_is_the_best_that_was_tried(study: str, chooses: str):
     """By the committed records: the best last accuracy, of equal ones the lower rate; a run that failed has no record."""
     found = {}
