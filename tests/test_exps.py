@@ -315,7 +315,8 @@ def test_a_baselines_study_has_every_method_on_one_budget(path):
 
 
 CHOSEN = [("baselines_digits", "baselines_tune_digits"), ("baselines_glyphs", "baselines_tune_glyphs"),
-          ("baselines_glyphs_domains", "baselines_tune_glyphs_domains")]
+          ("baselines_glyphs_domains", "baselines_tune_glyphs_domains"),
+          ("baselines_fashion_mnist", "baselines_tune_fashion_mnist")]
 
 
 @pytest.mark.parametrize(("study", "chooses"), CHOSEN)
